@@ -1,0 +1,656 @@
+"""Load a language model, with or without adapters, and know its parts."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tool_packs.errors import ModelError, ModelNotFound, TextError, WeightsIncomplete
+from tool_packs.structure import (
+    apply_norm,
+    describe_parts,
+    find_structure,
+    lens_is_exact,
+    text_config,
+    unembed,
+    weight_of,
+)
+
+__all__ = ["Model", "load_model"]
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+ORGANISM = "organism:"
+
+
+class Model:
+    """A loaded language model: one set of weights, its tokenizer, and adapters that switch on and off.
+
+    What a technique takes as `m`. `m.hf` is the transformers (or PEFT) model, `m.tokenizer` its
+    tokenizer, `m.nnsight` the same model in nnsight.
+    """
+
+    def __init__(
+        self,
+        hf: nn.Module,
+        tokenizer: Any,
+        name: str,
+        *,
+        layers: str | None = None,
+        norm: str | None = None,
+        seconds: float = 0.0,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.hf = hf.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.template_args: dict[str, Any] = {}  # passed to the chat template, as enable_thinking
+        self.batch_tokens = 16_384  # tokens of one forward pass, padding included
+        self.seconds = seconds
+        self.notes = notes
+        self._fingerprints: dict[str | None, str] = {}
+        self._nnsight: Any = None
+        self.core: nn.Module = hf.get_base_model() if hasattr(hf, "peft_config") else hf
+        self.config = text_config(self.core)
+        self.structure = find_structure(self.core, layers=layers, norm=norm)
+
+    # What it is made of
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, first to last."""
+        return self.structure.layers
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.structure.layers)
+
+    @property
+    def width(self) -> int:
+        """d: the width of the residual stream."""
+        return self.structure.width
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the unembedding, which may be more than the tokenizer knows."""
+        out = getattr(self.structure.unembedding, "out_features", None)
+        return int(out or weight_of(self.structure.unembedding).shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token ids go in."""
+        return weight_of(self.structure.embedding).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return weight_of(self.structure.embedding).dtype
+
+    @property
+    def embed_scale(self) -> float:
+        """What the token embedding is multiplied by before the first layer."""
+        return self.structure.embed_scale
+
+    @property
+    def softcap(self) -> float | None:
+        """The tanh cap of the final logits, as in Gemma 2."""
+        return self.structure.softcap
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.tokenizer.chat_template)
+
+    @property
+    def pad_id(self) -> int:
+        """What fills the left of a batch; it is masked, so any token will do."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        configured = getattr(getattr(self.core, "generation_config", None), "eos_token_id", None)
+        eos = configured if configured is not None else self.tokenizer.eos_token_id
+        if eos is None:
+            return []
+        return [eos] if isinstance(eos, int) else list(eos)
+
+    @property
+    def lens_exact(self) -> bool:
+        """Whether norm and unembedding reproduced the model's own logits when it was loaded."""
+        return lens_is_exact(self.structure)
+
+    def layer_index(self, layer: int | float) -> int:
+        """A layer as an int (negative from the end) or a depth in 0..1 (0.5: the middle layer).
+
+        Raises:
+            TextError: outside the model.
+        """
+        n = self.n_layers
+        if isinstance(layer, bool) or not isinstance(layer, (int, float)):
+            raise TextError(
+                f"layer {layer!r}: give an int in 0..{n - 1}, a depth in 0..1, or 'all'"
+            )
+        if isinstance(layer, float):
+            if not 0 <= layer <= 1:
+                raise TextError(f"depth {layer} is outside 0..1; layers are ints in 0..{n - 1}")
+            return min(int(layer * n), n - 1)
+        if not -n <= layer < n:
+            raise TextError(f"layer {layer}: this model has layers 0..{n - 1}")
+        return layer % n
+
+    def layer_indices(self, layers: Any) -> list[int]:
+        """'all', one layer, or a list of layers, as indices in the order given."""
+        if isinstance(layers, str):
+            if layers == "all":
+                return list(range(self.n_layers))
+            raise TextError(f"layers={layers!r}: give 'all', an int, a depth in 0..1, or a list")
+        if isinstance(layers, (int, float)):
+            return [self.layer_index(layers)]
+        return [self.layer_index(layer) for layer in layers]
+
+    def norm(self, h: Tensor) -> Tensor:
+        """The final norm on states [..., d]."""
+        return apply_norm(self.structure, h)
+
+    def unembed(self, h: Tensor) -> Tensor:
+        """Logits [..., V] of states [..., d] that have been through `norm`: scaled and capped."""
+        return unembed(self.structure, h)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What these tokens put into the residual stream [..., d], scaled; positions not added."""
+        rows = weight_of(self.structure.embedding)[ids.to(self.device)]
+        return rows * self.embed_scale
+
+    # Adapters
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the loaded adapters."""
+        return list(getattr(self.hf, "peft_config", {}))
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter that computes now, None where the base alone does."""
+        if not self.adapters or self.hf._adapters_disabled:
+            return None
+        return self.hf.active_adapter
+
+    @contextlib.contextmanager
+    def adapter(self, name: str | None) -> Iterator[Model]:
+        """Within this, the model computes with the adapter `name`; None: the base alone.
+
+        Nests, and an exception inside restores what was active. Raises ModelError on a name that
+        is not loaded.
+        """
+        if name is None:
+            if not self.adapters:
+                yield self
+                return
+            with self.hf.disable_adapter():
+                yield self
+            return
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise ModelError(
+                f"no adapter {name!r} is loaded (loaded: {known}): m.add_adapter(folder)"
+            )
+        before, was_disabled = self.hf.active_adapter, self.hf._adapters_disabled
+        try:
+            if was_disabled:
+                self._set_enabled(True)
+            self.hf.set_adapter(name)
+            yield self
+        finally:
+            self.hf.set_adapter(before)
+            if was_disabled:
+                self._set_enabled(False)
+
+    def base(self) -> contextlib.AbstractContextManager[Model]:
+        """Within this, the model computes without any adapter: bit for bit the base model."""
+        return self.adapter(None)
+
+    def _set_enabled(self, enabled: bool) -> None:
+        layers = self.hf.base_model
+        if enabled:
+            layers.enable_adapter_layers()
+        else:
+            layers.disable_adapter_layers()
+        self.hf._adapters_disabled = not enabled
+
+    def add_adapter(self, folder: str, name: str | None = None) -> str:
+        """Loads a further adapter beside the others; it computes within `m.adapter(name)`.
+
+        Returns the name it got. Raises ModelError where the model has no adapter yet: load it with
+        load_model(base, adapter=...).
+        """
+        if not self.adapters:
+            raise ModelError(
+                "this model has no adapter to stand beside: load_model(base, adapter=...)"
+            )
+        path = _resolve(folder)
+        name = name or adapter_name(path)
+        if name in self.adapters:
+            raise ModelError(f"an adapter {name!r} is loaded already: give another name")
+        before = self.hf.active_adapter
+        with quiet_peft():
+            self.hf.load_adapter(path, adapter_name=name, is_trainable=False)
+        self.hf.set_adapter(before)
+        self.hf.eval()
+        return name
+
+    # Reports and escape hatches
+
+    def fingerprint(self) -> str:
+        """A short hash of the configuration and of values sampled from every weight in use."""
+        key = self.active_adapter
+        if key not in self._fingerprints:
+            digest = hashlib.sha256(str(type(self.core).__name__).encode())
+            for path, parameter in self.hf.named_parameters():
+                if any(f".{a}." in path + "." for a in self.adapters if a != key):
+                    continue
+                flat = parameter.detach().reshape(-1)
+                picks = torch.linspace(0, max(flat.numel() - 1, 0), 16).long().to(flat.device)
+                sample = flat[picks].float().cpu() if flat.numel() else flat.float().cpu()
+                digest.update(f"{path}{tuple(parameter.shape)}".encode())
+                digest.update(sample.numpy().tobytes())
+            self._fingerprints[key] = digest.hexdigest()[:16]
+        return self._fingerprints[key]
+
+    @property
+    def nnsight(self) -> Any:
+        """The same weights as an nnsight LanguageModel, made at first use."""
+        if self._nnsight is None:
+            from nnsight import LanguageModel
+
+            self._nnsight = LanguageModel(self.hf, tokenizer=self.tokenizer)
+        return self._nnsight
+
+    def describe(self) -> str:
+        """Size, shape, precision, place and parts, as text."""
+        s, c = self.structure, self.config
+        total = sum(p.numel() for p in self.core.parameters())
+        size = sum(p.numel() * p.element_size() for p in self.hf.parameters())
+        parts = describe_parts(s)
+        lines = [
+            f"{self.name}: {type(self.core).__name__}, {_si(total)} parameters, "
+            f"{size / 2**20:,.1f} MiB, {str(self.dtype).removeprefix('torch.')} on {self.device}, "
+            f"loaded in {self.seconds:.1f} s",
+            f"{self.n_layers} layers, d {self.width}, {s.heads} heads of {s.head_dim} "
+            f"({s.kv_heads} kv), vocabulary {self.vocab_size:,}, "
+            f"context {getattr(c, 'max_position_embeddings', '?')}",
+            "adapters: " + (", ".join(self.adapters) + f" (active: {self.active_adapter})")
+            if self.adapters
+            else "adapters: none",
+            f"layers at {parts['layers at']}, norm {parts['final norm']}, "
+            f"softcap {parts['softcap']}, embedding scale {parts['embedding scale']:g}, "
+            f"tied {parts['tied']}, chat template {'yes' if self.has_chat_template else 'no'}",
+            f"check: norm and unembedding give the model's logits to {s.lens_error:.1e}"
+            + ("" if self.lens_exact else " - NOT exact: lenses refuse this model"),
+            *self.notes,
+        ]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return self.describe()
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    adapter: str | list[str] | dict[str, str] | None = None,
+    base: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    quantization: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    layers: str | None = None,
+    norm: str | None = None,
+) -> Model:
+    """Loads a model to investigate, and says what it is.
+
+    `name` is a local folder, a hub id, a PEFT adapter (folder or hub id; its base is found from its
+    configuration), or a shipped organism as "organism:NAME". Base and adapters share one set of
+    weights: `with m.base():` computes without the adapter, `with m.adapter("x"):` with another.
+    Four tokens are run to find and check the model's parts.
+
+    Args:
+        name: local folder, hub id, adapter, or "organism:NAME".
+        revision: branch, tag or commit on the hub.
+        adapter: adapter(s) to put on the model; a dict names them, the first is active.
+        base: the base of the adapter `name`, where its configuration points nowhere useful.
+        dtype: "auto" (as stored), "float32", "bfloat16", "float16", or a torch.dtype.
+        device_map: "auto" spreads over the GPUs; None takes the GPU if there is one, else the CPU.
+        quantization: "4bit" or "8bit" (needs bitsandbytes).
+        attn_implementation: "eager", "sdpa", ...; None takes the model's default.
+        trust_remote_code: runs code from the hub repository; only for sources you trust.
+        layers: dotted path of the decoder layers, where they are not found.
+        norm: dotted path of the final norm, where it is not found.
+
+    Returns:
+        Model: the `m` of every technique; showing it prints parameters, layers, width, heads,
+        vocabulary, memory, dtype, device and seconds.
+
+    Raises:
+        ModelNotFound: nothing loadable there (near names are listed).
+        WeightsIncomplete: the files lack weights that would have been random.
+        StructureUnknown: layers or norm not found; says what to write.
+        ModelError: an option that does not fit.
+
+    Use when:
+        At the start of every investigation, once per set of weights.
+
+    Not when:
+        A second adapter on the same base: `m.add_adapter(folder)`.
+
+    Cost:
+        reading the weights, and one forward pass of 4 tokens.
+
+    Controls:
+        norm and unembedding are compared with the model's own logits; `m.lens_exact` tells.
+
+    Paper:
+        n/a
+
+    Example:
+        from tool_packs.models import load_model
+        m  # the report
+        m.n_layers, m.width, m.adapters
+    """
+    started = time.perf_counter()
+    torch_dtype = _dtype(dtype)
+    path = _resolve(name)
+    adapters = _adapters(adapter)
+    tokenizer_sources: list[str] = []
+    if (adapter_base := _adapter_base(path, revision)) is not None:
+        if adapters:
+            raise ModelError(f"{name!r} is an adapter itself: give the other one to m.add_adapter")
+        adapters = {adapter_name(path): path}
+        path = _resolve(base) if base is not None else _base_near(path, adapter_base)
+        model_revision = None  # the revision given is the adapter's
+    elif base is not None:
+        raise ModelError(f"{name!r} is a whole model, so base={base!r} has no use: leave it out")
+    else:
+        model_revision = revision
+    tokenizer_sources = [*adapters.values(), path]
+    hf, notes = _load_weights(
+        path,
+        revision=model_revision,
+        dtype=torch_dtype,
+        device_map=device_map,
+        quantization=quantization,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    if adapters:
+        hf = _put_adapters(hf, adapters, revision if adapter_base is not None else None)
+    tokenizer = _load_tokenizer(tokenizer_sources, hf, model_revision, trust_remote_code)
+    shown = (
+        name if name.startswith(ORGANISM) else (Path(name).name if Path(name).exists() else name)
+    )
+    m = Model(hf, tokenizer, shown, layers=layers, norm=norm, notes=notes)
+    m.seconds = time.perf_counter() - started
+    return m
+
+
+def adapter_name(path: str) -> str:
+    """The name an adapter gets from its folder: PEFT allows no dots in it."""
+    return Path(path.rstrip("/")).name.replace(".", "_")
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is unknown: 'auto', {', '.join(map(repr, DTYPES))}")
+    return DTYPES[dtype]
+
+
+def _resolve(name: str) -> str:
+    """A folder or a hub id; organisms become their folder.
+
+    Raises:
+        ModelNotFound: a path that does not exist, or holds no model.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise ModelNotFound(f"{name!r} is no name: give a folder, a hub id or 'organism:NAME'")
+    if name.startswith(ORGANISM):
+        try:
+            from tool_packs import organisms
+        except ImportError as error:
+            raise ModelNotFound(f"this installation ships no organisms ({error})") from error
+        if not hasattr(organisms, "path"):
+            raise ModelNotFound("this installation ships no organisms")
+        return str(organisms.path(name.removeprefix(ORGANISM)))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not ({p.name for p in path.iterdir()} & {"config.json", "adapter_config.json"}):
+            inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            raise ModelNotFound(
+                f"{path} is no model folder: it has neither config.json nor adapter_config.json, "
+                f"but {inside}"
+            )
+        return str(path)
+    if path.is_file():
+        raise ModelNotFound(f"{path} is a file: give the folder that holds config.json")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.4)
+        hint = (
+            f"; near it: {', '.join(near)}"
+            if near
+            else f"; {path.parent} has {len(beside)} entries"
+        )
+        raise ModelNotFound(f"no folder {path}{hint}")
+    return name
+
+
+def _adapters(adapter: str | list[str] | dict[str, str] | None) -> dict[str, str]:
+    if adapter is None:
+        return {}
+    if isinstance(adapter, str):
+        adapter = [adapter]
+    if isinstance(adapter, dict):
+        named = {name: _resolve(path) for name, path in adapter.items()}
+    else:
+        paths = [_resolve(path) for path in adapter]
+        named = {adapter_name(path): path for path in paths}
+        if len(named) < len(paths):
+            raise ModelError(f"two adapters share a folder name in {adapter}: give a dict of names")
+    for name in named:
+        if "." in name or not name:
+            raise ModelError(f"adapter name {name!r}: PEFT allows no dots in it")
+    return named
+
+
+def _adapter_base(path: str, revision: str | None) -> str | None:
+    """What the adapter at `path` names as its base; None where `path` is no adapter."""
+    import json
+
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    folder = Path(path)
+    if folder.is_dir() and (folder / "config.json").is_file():
+        return None
+    try:
+        found = find_adapter_config_file(path, revision=revision)
+    except OSError as error:
+        raise _not_found(path, error) from error
+    if found is None:
+        return None
+    return json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
+
+
+def _base_near(adapter: str, base: str) -> str:
+    """The base an adapter names: as it stands, or relative to the adapter's folder."""
+    if not base:
+        raise ModelError(f"the adapter {adapter} does not name its base: load_model(..., base=...)")
+    relative = Path(adapter) / base
+    if Path(adapter).is_dir() and not Path(base).is_dir() and relative.is_dir():
+        return str(relative.resolve())
+    try:
+        return _resolve(base)
+    except ModelNotFound as error:
+        raise ModelNotFound(
+            f"the adapter {adapter} names the base {base!r}, which is not here ({error}): "
+            "give base=..."
+        ) from error
+
+
+def _quantization(kind: str | None) -> Any:
+    if kind is None:
+        return None
+    if kind not in ("4bit", "8bit"):
+        raise ModelError(f"quantization {kind!r} is unknown: '4bit' or '8bit'")
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ModelError(
+            f"quantization={kind!r} needs bitsandbytes, which is not installed: "
+            "pip install bitsandbytes, or leave quantization out"
+        )
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _load_weights(
+    path: str,
+    *,
+    revision: str | None,
+    dtype: str | torch.dtype,
+    device_map: str | dict[str, Any] | None,
+    quantization: str | None,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+) -> tuple[nn.Module, tuple[str, ...]]:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if revision is not None:
+        options["revision"] = revision
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if (config := _quantization(quantization)) is not None:
+        options["quantization_config"] = config
+    if device_map is None:
+        device_map = "cuda" if torch.cuda.is_available() else None
+    if device_map is not None:
+        options["device_map"] = device_map
+    try:
+        hf, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise _not_found(path, error) from error
+    if missing := sorted(info["missing_keys"]):
+        raise WeightsIncomplete(
+            f"{path} lacks {len(missing)} of the model's weights, which would have been random: "
+            f"{', '.join(missing[:5])}. Is it another architecture, or a partial download?"
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    notes = ()
+    if unexpected:
+        notes = (f"not used: {len(unexpected)} weights in the files, as {unexpected[0]}",)
+    return hf, notes
+
+
+def _not_found(path: str, error: Exception) -> ModelError:
+    """The reason of transformers' refusal, in one sentence, with the next step."""
+    import os
+
+    reason = " ".join(str(error).split())[:400]
+    if Path(path).is_dir():
+        return ModelError(f"the model in {path} cannot be loaded: {reason}")
+    offline = os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0")
+    if offline:
+        return ModelNotFound(
+            f"{path!r} is no folder here and not in the hub's cache, and the hub is switched off "
+            "(HF_HUB_OFFLINE is set): give a local folder, or unset it"
+        )
+    return ModelNotFound(
+        f"{path!r} is no folder here and could not be had from the hub: {reason} "
+        "Check the spelling (owner/name), the network, and HF_TOKEN where the repository is gated."
+    )
+
+
+def _put_adapters(hf: nn.Module, adapters: dict[str, str], revision: str | None) -> nn.Module:
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    peft: Any = None
+    for name, path in adapters.items():
+        options = {"revision": revision} if revision is not None else {}
+        try:
+            with quiet_peft():
+                if peft is None:
+                    peft = PeftModel.from_pretrained(hf, path, adapter_name=name, **options)
+                else:
+                    peft.load_adapter(path, adapter_name=name, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise ModelError(
+                f"the adapter {path} does not go on {type(hf).__name__}: {reason} "
+                "Is it made for another base? Give base=..."
+            ) from error
+        if peft.peft_config[name].is_prompt_learning:
+            raise ModelError(
+                f"the adapter {path} learns prompts ({peft.peft_config[name].peft_type.value}); "
+                "the packs run the layers themselves and would drop it: only weight adapters (LoRA ...)"
+            )
+    peft.set_adapter(next(iter(adapters)))
+    return peft
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Within this, PEFT's use of a property that transformers has renamed is not warned about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        yield
+
+
+def _load_tokenizer(
+    sources: list[str], hf: nn.Module, revision: str | None, trust_remote_code: bool
+) -> Any:
+    """The first of `sources` that has a tokenizer: an adapter may bring its own."""
+    from transformers import AutoTokenizer
+
+    *adapters, model = sources
+    for path in adapters:
+        if (Path(path) / "tokenizer_config.json").is_file():
+            return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(
+            model, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{model} has no tokenizer that can be read: {reason} "
+            "Save one beside the weights: tokenizer.save_pretrained(folder)"
+        ) from error
+
+
+def _si(count: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {letter}"
+    return str(count)
