@@ -1,0 +1,166 @@
+"""seer-mcp: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from . import __version__
+from .config import Config, from_environment
+from .errors import SeerError
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="seer-mcp",
+        description="An MCP server through which any MCP client investigates a language model. "
+        "Without a command it serves one client over stdio.",
+    )
+    top.add_argument("--version", action="version", version=f"seer-mcp {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--outputs",
+        metavar="DIR",
+        help="where new notebooks are saved (default: ./outputs of the project)",
+    )
+    common.add_argument(
+        "--state",
+        metavar="DIR",
+        help="where records of sandboxes are kept (default: the user's state folder)",
+    )
+    common.add_argument(
+        "--packs",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a folder of your own tool packs",
+    )
+    common.add_argument(
+        "--notebooks",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a further folder whose notebooks may be opened",
+    )
+    common.add_argument(
+        "--python", metavar="PATH", help="the interpreter of local sandboxes (needs ipykernel)"
+    )
+    common.add_argument(
+        "--pass-env",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="an environment variable that sandboxes get",
+    )
+    common.add_argument(
+        "--idle-minutes",
+        type=float,
+        metavar="N",
+        help="a sandbox without use ends itself after N minutes (default: 120)",
+    )
+    common.add_argument(
+        "--max-wait",
+        type=float,
+        metavar="S",
+        help="the longest that one tool call waits, in seconds (default: 45)",
+    )
+    common.add_argument(
+        "--output-cap",
+        type=int,
+        metavar="BYTES",
+        help="how much output of one run is kept (default: 200000000)",
+    )
+    common.add_argument(
+        "--on-exit",
+        choices=("keep", "stop"),
+        default="keep",
+        help="whether sandboxes outlive the server (default: keep)",
+    )
+    common.add_argument(
+        "--log-level", default="warning", choices=("debug", "info", "warning", "error")
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser(
+        "stdio", parents=[common], help="serve one client over stdin and stdout (the default)"
+    )
+    serve = commands.add_parser(
+        "serve", parents=[common], help="serve over HTTP on loopback, with a bearer token"
+    )
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8757)
+    serve.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="the file that holds the token (default: one that is made and kept)",
+    )
+    demo = commands.add_parser(
+        "demo", help="find a planted belief in a shipped model, with its control"
+    )
+    demo.add_argument("--json", action="store_true", help="print the finding as one JSON object")
+    demo.add_argument("--outputs", metavar="DIR", help="where the notebook is saved")
+    return top
+
+
+def config_of(flags: argparse.Namespace) -> Config:
+    on_exit: Literal["keep", "stop"] = flags.on_exit
+    idle: float | None = flags.idle_minutes
+    return from_environment(
+        os.environ,
+        Path.cwd(),
+        outputs=flags.outputs,
+        state=flags.state,
+        packs=tuple(flags.packs),
+        notebook_roots=tuple(flags.notebooks),
+        pass_env=tuple(flags.pass_env),
+        python=flags.python,
+        idle_limit=None if idle is None else idle * 60,
+        max_wait=flags.max_wait,
+        output_cap=flags.output_cap,
+        on_exit=on_exit,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    known = ("stdio", "serve", "demo", "--version", "--help", "-h")
+    if not given or (given[0] not in known and given[0].startswith("-")):
+        given.insert(0, "stdio")
+    flags = parser().parse_args(given)
+    try:
+        if flags.command == "demo":
+            from .demo import run_demo
+
+            return asyncio.run(run_demo(as_json=flags.json, outputs=flags.outputs))
+        logging.basicConfig(
+            level=flags.log_level.upper(),
+            stream=sys.stderr,
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        )
+        config = config_of(flags)
+        if flags.command == "serve":
+            from .http import kept_token, serve_http
+
+            path = Path(flags.token_file) if flags.token_file else kept_token(config.state_dir)
+            print(
+                f"seer-mcp on http://{flags.host}:{flags.port}/mcp; the bearer token is in {path}",
+                file=sys.stderr,
+            )
+            asyncio.run(serve_http(config, flags.host, flags.port, path.read_text()))
+        else:
+            from .server import serve_stdio
+
+            asyncio.run(serve_stdio(config))
+    except (SeerError, OSError) as error:
+        print(f"seer-mcp: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

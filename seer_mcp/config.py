@@ -1,0 +1,148 @@
+"""What the server is told at its start: one frozen object. No other module reads the environment."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from platformdirs import user_state_path
+
+from .files import writable
+
+# What a sandbox's processes get of our environment. Everything else, secrets above all, stays here.
+PASSED = frozenset(
+    [
+        "PATH",
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "SHELL",
+        "LANG",
+        "LANGUAGE",
+        "LC_ALL",
+        "LC_CTYPE",
+        "TZ",
+        "TERM",
+        "TMPDIR",
+        "XDG_CACHE_HOME",
+        "XDG_DATA_HOME",
+        "XDG_CONFIG_HOME",
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "HF_DATASETS_CACHE",
+        "HF_ENDPOINT",
+        "TRANSFORMERS_CACHE",
+        "TRANSFORMERS_OFFLINE",
+        "TORCH_HOME",
+        "TRITON_CACHE_DIR",
+        "CUDA_HOME",
+        "CUDA_VISIBLE_DEVICES",
+        "CUDA_DEVICE_ORDER",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "NVIDIA_VISIBLE_DEVICES",
+        "LD_LIBRARY_PATH",
+        "DYLD_LIBRARY_PATH",
+        "HIP_VISIBLE_DEVICES",
+        "ROCR_VISIBLE_DEVICES",
+        "OMP_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "TOKENIZERS_PARALLELISM",
+        "CONDA_PREFIX",
+        "CONDA_DEFAULT_ENV",
+        "VIRTUAL_ENV",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "REQUESTS_CA_BUNDLE",
+    ]
+)
+NEVER_PASSED = ("MODAL_", "MCP_", "SEER_MCP_", "CLAUDE", "ANTHROPIC")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Built in cli.py from flags and the environment, passed down, never changed."""
+
+    project_dir: Path
+    """Where the client's user works: notebooks are found here by relative path."""
+    outputs_dir: Path
+    """Where new notebooks are saved, one folder each."""
+    state_dir: Path
+    """Records of sandboxes (0700)."""
+    runtime_dir: Path
+    """Sockets (0700); a short path, because a socket's address has about 100 characters."""
+    sandbox_env: Mapping[str, str] = field(default_factory=dict[str, str])
+    """The environment of sandboxes."""
+    packs: tuple[Path, ...] = ()
+    """Folders of the user's own packs."""
+    notebook_roots: tuple[Path, ...] = ()
+    """Further folders whose notebooks may be opened."""
+    python: str = sys.executable
+    """The interpreter of local sandboxes."""
+    max_wait: float = 45.0
+    """The longest that one tool call waits for a run, in seconds."""
+    idle_limit: float = 2 * 3600.0
+    """A sandbox that nobody used for so many seconds, with nothing running, ends itself."""
+    output_cap: int = 200_000_000
+    """Bytes of output that are kept of one run."""
+    max_sandboxes: int = 60
+    on_exit: Literal["keep", "stop"] = "keep"
+    """Whether local sandboxes outlive the server (the next server finds them again)."""
+
+
+def default_outputs(project_dir: Path, home: Path) -> Path:
+    """./outputs of the project where that can be written, else a folder in the user's home."""
+    chosen = project_dir / "outputs"
+    # A desktop client starts its servers in the root folder: that is nobody's project.
+    if project_dir != Path(project_dir.anchor) and writable(chosen):
+        return chosen
+    return home / "seer-mcp" / "outputs"
+
+
+def from_environment(
+    environ: Mapping[str, str],
+    cwd: Path,
+    *,
+    outputs: str | None = None,
+    state: str | None = None,
+    packs: tuple[str, ...] = (),
+    notebook_roots: tuple[str, ...] = (),
+    pass_env: tuple[str, ...] = (),
+    python: str | None = None,
+    idle_limit: float | None = None,
+    max_wait: float | None = None,
+    output_cap: int | None = None,
+    on_exit: Literal["keep", "stop"] = "keep",
+) -> Config:
+    """The Config of this process. Flags win over environment variables, these over defaults."""
+    project = Path(environ.get("CLAUDE_PROJECT_DIR") or cwd)
+    state_dir = Path(state or environ.get("SEER_MCP_STATE") or user_state_path("seer-mcp"))
+    runtime = environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    given = outputs or environ.get("SEER_MCP_OUTPUTS")
+    outputs_dir = Path(given) if given else default_outputs(project, Path.home())
+    passed = {
+        name: value
+        for name, value in environ.items()
+        if (name in PASSED or name in pass_env) and not name.startswith(NEVER_PASSED)
+    }
+    defaults = Config(project, outputs_dir, state_dir, Path(runtime))
+    return Config(
+        project_dir=project.resolve(),
+        outputs_dir=outputs_dir.absolute(),
+        state_dir=state_dir.absolute(),
+        runtime_dir=Path(runtime) / f"seer-mcp-{os.getuid()}",
+        sandbox_env=passed,
+        packs=tuple(Path(p).absolute() for p in packs),
+        notebook_roots=tuple(Path(p).absolute() for p in notebook_roots),
+        python=python or environ.get("SEER_MCP_PYTHON") or sys.executable,
+        max_wait=defaults.max_wait if max_wait is None else max_wait,
+        idle_limit=defaults.idle_limit if idle_limit is None else idle_limit,
+        output_cap=defaults.output_cap if output_cap is None else output_cap,
+        on_exit=on_exit,
+    )

@@ -1,0 +1,138 @@
+"""Everything that can go wrong, as sentences a reader can act on.
+
+SeerError
+├── NotFound            a handle, cell, run, technique, backend, file that is not there
+├── BadInput            an argument that cannot be used
+│   └── PathRefused     a path that leaves its folder
+├── Conflict            something else already has it
+├── KernelUnavailable   the kernel cannot run anything now
+│   ├── KernelDead      it died; restart_kernel starts an empty one
+│   └── KernelStartFailed
+├── SandboxUnavailable  the machine cannot be used now
+│   ├── SandboxUnreachable   it may come back
+│   ├── SandboxLost          it is gone
+│   └── SandboxStartFailed
+├── NotebookUnreadable  the file is not a notebook that can be opened without losing something
+├── NotebookNotSaved    the disk refused the document (nothing is lost: the journal has it)
+└── PackError           a pack that cannot be read
+
+Each class writes its sentence from the facts: what is wrong, with the value, and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SeerError(Exception):
+    """An anticipated failure. Its text is a whole answer for the caller."""
+
+
+def show(value: object, limit: int = 80) -> str:
+    """A value as it can stand in a sentence: quoted, escaped, short."""
+    text = ascii(value) if isinstance(value, str) else str(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def nearest(value: str, known: Iterable[str]) -> str:
+    """' Did you mean x?' or ''."""
+    close = difflib.get_close_matches(value, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {show(close[0])}?" if close else ""
+
+
+class NotFound(SeerError):
+    """`what` named `value` is not among `known`; `then` says what to do."""
+
+    def __init__(self, what: str, value: str, known: Iterable[str] = (), then: str = "") -> None:
+        names = sorted(known)
+        listed = ""
+        if names:
+            more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+            listed = f" Known: {', '.join(show(n) for n in names[:12])}{more}."
+        tail = f" {then}" if then else ""
+        super().__init__(f"No {what} {show(value)}.{nearest(value, names)}{listed}{tail}")
+
+
+class BadInput(SeerError):
+    """`argument` had `value`, which cannot be used because of `why`."""
+
+    def __init__(self, argument: str, value: object, why: str) -> None:
+        super().__init__(f"{argument} = {show(value)}: {why}")
+
+
+class PathRefused(BadInput):
+    """A path that would leave the folder it belongs to, or cannot be a path at all."""
+
+    def __init__(self, argument: str, value: object, why: str) -> None:
+        super().__init__(argument, value, f"{why}. Use a plain relative path inside the folder.")
+
+
+class Conflict(SeerError):
+    pass
+
+
+class KernelUnavailable(SeerError):
+    pass
+
+
+class KernelDead(KernelUnavailable):
+    """The kernel died as `how` tells; its variables are gone."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(
+            f"The kernel died ({how}); its variables are gone and nothing can run in it. "
+            "Call restart_kernel for a new, empty kernel, then run the cells that you need again."
+        )
+
+
+class KernelStartFailed(KernelUnavailable):
+    def __init__(self, why: str, stderr: str) -> None:
+        tail = "\n".join(stderr.splitlines()[-20:])
+        shown = f"\nLast lines of its stderr:\n{tail}" if tail.strip() else ""
+        super().__init__(f"The kernel did not start: {why}.{shown}")
+
+
+class SandboxUnavailable(SeerError):
+    pass
+
+
+class SandboxUnreachable(SandboxUnavailable):
+    pass
+
+
+class SandboxLost(SandboxUnavailable):
+    def __init__(self, handle: str, why: str, notebook: str) -> None:
+        super().__init__(
+            f"Sandbox {handle} is gone ({why}); its variables are lost, its notebook is kept: "
+            f"{notebook}. Start a new one with start_sandbox(notebook={show(notebook)}) and run "
+            "the cells that you need again."
+        )
+
+
+class SandboxStartFailed(SandboxUnavailable):
+    def __init__(self, why: str, log: str = "") -> None:
+        tail = "\n".join(log.splitlines()[-20:])
+        shown = f"\nLast lines of its log:\n{tail}" if tail.strip() else ""
+        super().__init__(f"The sandbox did not start: {why}. Nothing was left running.{shown}")
+
+
+class NotebookUnreadable(SeerError):
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(
+            f"The notebook {path} cannot be opened: {why}. The file was not changed and nothing "
+            "was started. Repair it, or start without notebook=."
+        )
+
+
+class NotebookNotSaved(SeerError):
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(
+            f"The notebook {path} could not be saved: {why}. The file on disk is the last whole "
+            "version; outputs are kept in the sandbox's journal. Free the space: the next save "
+            "will be complete."
+        )
+
+
+class PackError(SeerError):
+    pass

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+from .host import Host
+
+
+def main() -> int:
+    with open(sys.argv[1], encoding="utf-8") as file:
+        config = json.load(file)
+    return asyncio.run(Host(config).serve())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

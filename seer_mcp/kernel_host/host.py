@@ -1,0 +1,555 @@
+"""Queue, runs, requests and the lease: what happens in one sandbox.
+
+Requests and answers are JSON lines over a unix socket. A request is {"id": …, "op": …, …}, its
+answer {"id": …, "ok": true, …} or {"id": …, "ok": false, "code": …, "error": …}. After `subscribe`
+events of the journal follow on the same connection as {"n": …, "type": …, …}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any, Awaitable, Callable, Deque, Dict, List, Optional, Set
+
+from .commands import Commands
+from .folder import Folder
+from .journal import Journal
+from .kernel import Kernel, KernelFailedToStart, Message, descendants
+
+Event = Dict[str, Any]
+LINE_LIMIT = 64 * 1024 * 1024  # one request
+STREAM_PIECE = 256 * 1024  # characters of one stream event
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class Refused(Exception):
+    """A request that cannot be done: a code for programs and a sentence for people."""
+
+    def __init__(self, code: str, error: str) -> None:
+        super().__init__(error)
+        self.code = code
+
+
+class Run:
+    """One execution of one cell (or of one shell command)."""
+
+    def __init__(self, id: str, kind: str, code: str, group: str, stop_on_error: bool) -> None:
+        self.id = id
+        self.kind = kind
+        self.code = code
+        self.group = group
+        self.stop_on_error = stop_on_error
+        self.state = "queued"
+        self.first = 0  # number of its first event
+        self.started = 0.0
+        self.interrupted = False
+        self.reply: Optional[Dict[str, Any]] = None
+        self.idle = False
+        self.output_bytes = 0
+        self.dropped_bytes = 0
+
+    @property
+    def over(self) -> bool:
+        return self.state not in ("queued", "running")
+
+
+def escape_surrogates(value: Any) -> Any:
+    """Lone surrogates as \\udXXX text: they cannot be stored as UTF-8."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            return value.encode("utf-8", "backslashreplace").decode("utf-8")
+        return value
+    if isinstance(value, list):
+        return [escape_surrogates(v) for v in value]
+    if isinstance(value, dict):
+        return {escape_surrogates(k): escape_surrogates(v) for k, v in value.items()}
+    return value
+
+
+class Host:
+    def __init__(self, config: Dict[str, Any]) -> None:
+        self.config = config
+        self.directory: str = config["directory"]
+        self.journal = Journal(os.path.join(self.directory, "journal.jsonl"))
+        self.folder = Folder(config["cwd"], config.get("protected", []))
+        self.commands = Commands(config["cwd"], config["env"], self._command_event)
+        self.runs: Dict[str, Run] = {}
+        self.queue: Deque[Run] = collections.deque()
+        self.active: Optional[Run] = None
+        self.by_message: Dict[str, Run] = {}
+        self.latest: Optional[Run] = None  # started last: unclaimed output is its
+        self.kernel: Optional[Kernel] = None
+        self.kernel_state = "starting"
+        self.how = ""  # it died, or did not start
+        self.stderr = ""
+        self.generation = 0
+        self.heard = time.monotonic()
+        self.grew = asyncio.Event()
+        self.closing = asyncio.Event()
+        self.restarting = asyncio.Lock()
+        self.tasks: Set[asyncio.Task] = set()
+
+    # -- life ---------------------------------------------------------------------------------
+
+    async def serve(self) -> int:
+        """Run until stopped, idle for too long, or told by a signal."""
+        if sys.platform == "linux":  # orphans of the kernel come to us, so that they can be ended
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(signum, self.close, "told to stop by a signal")
+        address = self.config["socket"]
+        old = os.umask(0o177)
+        try:
+            server = await asyncio.start_unix_server(self._client, address, limit=LINE_LIMIT)
+        finally:
+            os.umask(old)
+        self._spawn(self._start_kernel())
+        self._spawn(self._tick())
+        await self.closing.wait()
+        server.close()
+        for run in list(self.queue):
+            self._end(run, "not_run", "the sandbox ended")
+        self.queue.clear()
+        if self.active:
+            self._end(self.active, "expired", self.config["why_closed"])
+        await self.commands.stop_all()
+        if self.kernel:
+            await self.kernel.kill()
+        self._emit({"type": "closing", "why": self.config["why_closed"]})
+        await asyncio.sleep(0.2)  # readers that are there get the last lines
+        for process in descendants(os.getpid()):
+            process.kill()
+        os.unlink(address)
+        return 0
+
+    def close(self, why: str) -> None:
+        self.config.setdefault("why_closed", why)
+        self.closing.set()
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[None]") -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            # A host with a part missing must not go on as if it were whole.
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "the kernel host failed", "exception": task.exception()}
+            )
+            self.close("the kernel host failed: %r" % task.exception())
+
+    async def _tick(self) -> None:
+        """The lease, and the reaping of orphans."""
+        idle_limit = self.config.get("idle_limit")
+        end_at = self.config.get("end_at")
+        while True:
+            await asyncio.sleep(1.0)
+            if self.busy:
+                self.heard = time.monotonic()
+            if idle_limit and time.monotonic() - self.heard > idle_limit:
+                self.close("idle for %d s" % idle_limit)
+            if end_at and time.time() > end_at:
+                self.close("its lifetime is over")
+            self._reap()
+
+    def _reap(self) -> None:
+        """Collect orphans that came to us; children that have an owner here are left to it."""
+        mine = self.commands.pids()
+        if self.kernel:
+            mine.add(self.kernel.pid)
+        while True:
+            try:
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if info is None or info.si_pid in mine:
+                    return
+                os.waitpid(info.si_pid, os.WNOHANG)
+            except ChildProcessError:
+                return
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.active or self.queue or self.commands.running or self.restarting.locked())
+
+    # -- the kernel ---------------------------------------------------------------------------
+
+    async def _start_kernel(self) -> None:
+        async with self.restarting:
+            self.generation += 1
+            self.kernel_state, self.how, self.stderr = "starting", "", ""
+            self._emit({"type": "kernel", "state": "starting", "generation": self.generation})
+            self.kernel = Kernel(
+                self.config["ipc_directory"],
+                self.generation,
+                self.config["env"],
+                self.config["cwd"],
+                os.path.join(self.directory, "kernel.log"),
+                self._on_message,
+                self._on_exit,
+            )
+            try:
+                await self.kernel.start(self.config.get("kernel_timeout", 60.0))
+            except KernelFailedToStart as error:
+                self.kernel_state, self.how, self.stderr = "failed", error.why, error.stderr
+            else:
+                self.kernel_state = "ready"
+        self._emit(
+            {
+                "type": "kernel",
+                "state": self.kernel_state,
+                "generation": self.generation,
+                "how": self.how,
+                "pid": self.kernel.pid,
+            }
+        )
+        self._next()
+
+    def _on_exit(self, kernel: Kernel, how: str) -> None:
+        self.kernel_state, self.how = "dead", how
+        if self.active:
+            self._end(self.active, "kernel_died", how)
+        while self.queue:
+            self._end(self.queue.popleft(), "not_run", "the kernel died (%s)" % how)
+        self._emit({"type": "kernel", "state": "dead", "generation": kernel.generation, "how": how})
+        kept = self.commands.pids()
+        for pid in list(kept):
+            kept.update(p.pid for p in descendants(pid))
+        for process in descendants(os.getpid()):
+            if process.pid not in kept:
+                process.kill()
+
+    async def _restart(self) -> None:
+        if self.kernel_state == "starting":
+            raise Refused("starting", "the kernel is starting already")
+        kernel, self.kernel_state = self.kernel, "starting"
+        if self.active:
+            self._end(self.active, "interrupted", "the kernel was restarted")
+        while self.queue:
+            self._end(self.queue.popleft(), "not_run", "the kernel was restarted")
+        if kernel:
+            await kernel.kill()
+        self.by_message.clear()
+        await self._start_kernel()
+
+    def _on_message(self, channel: str, message: Message) -> None:
+        parent = message["parent_header"].get("msg_id", "")
+        run = self.by_message.get(parent)
+        kind, content = message["msg_type"], message["content"]
+        if channel == "shell":
+            if run and kind == "execute_reply":
+                run.reply = content
+                self._maybe_over(run)
+            return
+        if channel != "iopub":
+            return
+        if kind == "status":
+            if run and content["execution_state"] == "idle":
+                run.idle = True
+                self._maybe_over(run)
+            return
+        run = run or self.latest
+        if run is None or run.kind != "cell":
+            return
+        if kind == "stream":
+            self._stream(run, content["name"], content["text"])
+        elif kind in ("display_data", "execute_result", "update_display_data"):
+            event = {
+                "type": {"display_data": "display", "execute_result": "result"}.get(kind, "update"),
+                "data": content["data"],
+                "metadata": content.get("metadata", {}),
+                "display_id": content.get("transient", {}).get("display_id"),
+            }
+            if kind == "execute_result":
+                event["count"] = content["execution_count"]
+            self._output(run, event, len(json.dumps(content["data"])))
+        elif kind == "error":
+            self._output(run, {"type": "error", **content}, 0)
+        elif kind == "clear_output":
+            self._output(run, {"type": "clear", "wait": bool(content.get("wait"))}, 0)
+
+    def _maybe_over(self, run: Run) -> None:
+        if run.reply is None or not run.idle or run.over:
+            return
+        status = run.reply.get("status")
+        if status == "ok":
+            state = "complete"
+        elif status == "error":
+            stopped = run.interrupted and run.reply.get("ename") == "KeyboardInterrupt"
+            state = "interrupted" if stopped else "error"
+        else:
+            state = "not_run"
+        self._end(run, state, "", run.reply.get("execution_count"))
+        if state != "complete" and run.stop_on_error:
+            self._drop_group(run.group, "an earlier cell of the same call ended with %s" % state)
+        self._next()
+
+    # -- runs ---------------------------------------------------------------------------------
+
+    def _enqueue(self, runs: List[Dict[str, str]], stop_on_error: bool) -> List[Dict[str, Any]]:
+        new = [r for r in runs if r["run"] not in self.runs]
+        if new and self.kernel_state in ("dead", "failed"):
+            raise Refused("kernel_" + self.kernel_state, self.how)
+        group = runs[0]["run"] if runs else ""
+        for item in new:
+            run = Run(item["run"], "cell", item["code"], group, stop_on_error)
+            self.runs[run.id] = run
+            self.queue.append(run)
+        self._next()
+        return [self._described(self.runs[r["run"]]) for r in runs]
+
+    def _next(self) -> None:
+        if self.active or not self.queue or self.kernel_state != "ready" or not self.kernel:
+            return
+        run = self.active = self.latest = self.queue.popleft()
+        run.state, run.started = "running", time.time()
+        message = self.kernel.send(
+            "shell",
+            "execute_request",
+            {
+                "code": run.code,
+                "silent": False,
+                "store_history": True,
+                "user_expressions": {},
+                "allow_stdin": False,
+                "stop_on_error": False,
+            },
+        )
+        self.by_message[message] = run
+        run.first = self._emit({"type": "start", "run": run.id, "t": run.started})
+
+    def _end(self, run: Run, state: str, why: str, count: Optional[int] = None) -> None:
+        if run.over:
+            return
+        was_queued = run.state == "queued"
+        run.state = state
+        if self.active is run:
+            self.active = None
+        number = self._emit(
+            {
+                "type": "end",
+                "run": run.id,
+                "state": state,
+                "why": why,
+                "count": count,
+                "t": time.time(),
+                "seconds": 0.0 if was_queued else time.time() - run.started,
+                "output_bytes": run.output_bytes,
+                "dropped_bytes": run.dropped_bytes,
+            }
+        )
+        run.first = run.first or number
+        run.code = ""
+
+    def _drop_group(self, group: str, why: str) -> None:
+        for run in [r for r in self.queue if r.group == group]:
+            self.queue.remove(run)
+            self._end(run, "not_run", why)
+
+    def _interrupt(self, id: str, everything: bool) -> Dict[str, Any]:
+        self._known(id)
+        run = self.runs[id] if id else self.active
+        if run and run.kind == "command":
+            run.interrupted = True
+            self.commands.interrupt(run.id)
+            return {"interrupted": run.id, "waiting": len(self.queue)}
+        if run in self.queue:
+            self.queue.remove(run)
+            self._end(run, "not_run", "it was interrupted before it began")
+            return {"interrupted": run.id, "waiting": len(self.queue)}
+        if everything:
+            while self.queue:
+                self._end(self.queue.popleft(), "not_run", "it was interrupted before it began")
+        if run is None or run is not self.active or self.kernel is None:
+            return {"interrupted": None, "waiting": len(self.queue)}
+        run.interrupted = True
+        self._drop_group(run.group, "an earlier cell of the same call was interrupted")
+        self.kernel.interrupt()
+        return {"interrupted": run.id, "waiting": len(self.queue)}
+
+    def _stream(self, run: Run, name: str, text: str) -> None:
+        text = escape_surrogates(text)
+        for at in range(0, len(text), STREAM_PIECE):
+            piece = text[at : at + STREAM_PIECE]
+            size = len(piece) if piece.isascii() else len(piece.encode("utf-8"))
+            self._output(run, {"type": "stream", "name": name, "text": piece}, size)
+
+    def _output(self, run: Run, event: Event, size: int) -> None:
+        """Journal one output of a run, or count it once the run's cap is reached."""
+        cap = self.config.get("output_cap", 200_000_000)
+        run.output_bytes += size
+        if size and (run.dropped_bytes or run.output_bytes > cap):
+            first = run.dropped_bytes == 0
+            run.dropped_bytes += size
+            if first:
+                self._emit({"type": "capped", "run": run.id, "cap": cap})
+            return
+        if run.over:
+            event["late"] = True
+        if event["type"] != "stream":
+            event = escape_surrogates(event)
+        self._emit({"run": run.id, **event})
+
+    def _command_event(self, id: str, event: Event) -> None:
+        run = self.runs[id]
+        if event["type"] == "start":
+            run.state, run.started = "running", time.time()
+            run.first = self._emit({"run": id, "t": run.started, **event})
+        elif event["type"] == "stream":
+            self._stream(run, event["name"], event["text"])
+        else:
+            state = "complete" if event["code"] == 0 else "error"
+            self._end(run, "interrupted" if run.interrupted else state, event["why"], event["code"])
+
+    def _emit(self, event: Event) -> int:
+        number = self.journal.append(event)
+        self.grew.set()
+        self.grew = asyncio.Event()
+        return number
+
+    def _known(self, id: str) -> None:
+        if id and id not in self.runs:
+            raise Refused("unknown_run", "no run %s in this sandbox" % id)
+
+    def _described(self, run: Run) -> Dict[str, Any]:
+        return {"run": run.id, "state": run.state, "first": run.first, "kind": run.kind}
+
+    # -- clients ------------------------------------------------------------------------------
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        follower: Optional[asyncio.Task] = None
+        pending: Set[asyncio.Task] = set()
+        try:
+            while True:
+                line = await reader.readline()
+                if not line.endswith(b"\n"):
+                    return
+                request = json.loads(line)
+                if request["op"] == "subscribe":
+                    if follower:
+                        follower.cancel()
+                    self._answer(writer, request, {"last": self.journal.last})
+                    follower = asyncio.ensure_future(self._follow(writer, request["from"]))
+                    continue
+                task = asyncio.ensure_future(self._serve_one(writer, request))
+                pending.add(task)
+                task.add_done_callback(pending.discard)
+        except (ConnectionError, ValueError, KeyError) as error:
+            # Gone, or not speaking our language: nothing of ours depends on it.
+            print("client dropped: %r" % error, file=sys.stderr)
+        finally:
+            if follower:
+                follower.cancel()
+            writer.close()
+
+    async def _follow(self, writer: asyncio.StreamWriter, start: int) -> None:
+        try:
+            while True:
+                grew = self.grew
+                lines, start = self.journal.read(start)
+                if lines:
+                    writer.write(lines)
+                    await writer.drain()
+                else:
+                    await grew.wait()
+        except ConnectionError:
+            return
+
+    async def _serve_one(self, writer: asyncio.StreamWriter, request: Dict[str, Any]) -> None:
+        if request["op"] not in ("ping", "status"):
+            self.heard = time.monotonic()
+        handler: Optional[Callable[..., Any]] = getattr(self, "op_" + request["op"], None)
+        try:
+            if handler is None:
+                raise Refused("unknown_op", "no operation %r" % request["op"])
+            answer = await handler(request)
+        except Refused as error:
+            self._send(
+                writer, {"id": request["id"], "ok": False, "code": error.code, "error": str(error)}
+            )
+        except (OSError, ValueError) as error:
+            self._send(
+                writer, {"id": request["id"], "ok": False, "code": "failed", "error": str(error)}
+            )
+        except (KeyError, TypeError) as error:
+            self._send(
+                writer,
+                {"id": request["id"], "ok": False, "code": "bad_request", "error": repr(error)},
+            )
+        else:
+            self._answer(writer, request, answer)
+
+    def _answer(self, writer: asyncio.StreamWriter, request: Event, answer: Event) -> None:
+        self._send(writer, {"id": request["id"], "ok": True, **answer})
+
+    def _send(self, writer: asyncio.StreamWriter, answer: Event) -> None:
+        if not writer.is_closing():
+            writer.write((json.dumps(answer) + "\n").encode("ascii"))
+
+    # -- operations ---------------------------------------------------------------------------
+
+    async def op_ping(self, request: Event) -> Event:
+        return {}
+
+    async def op_touch(self, request: Event) -> Event:
+        return {}
+
+    async def op_status(self, request: Event) -> Event:
+        return {
+            "pid": os.getpid(),
+            "kernel": self.kernel_state,
+            "kernel_pid": self.kernel.pid if self.kernel else 0,
+            "generation": self.generation,
+            "how": self.how,
+            "stderr": self.stderr,
+            "active": self.active.id if self.active else None,
+            "queued": [run.id for run in self.queue],
+            "commands": sorted(self.commands.running),
+            "last": self.journal.last,
+            "idle_for": 0.0 if self.busy else time.monotonic() - self.heard,
+            "idle_limit": self.config.get("idle_limit"),
+        }
+
+    async def op_run(self, request: Event) -> Event:
+        return {"runs": self._enqueue(request["runs"], bool(request.get("stop_on_error", True)))}
+
+    async def op_runs(self, request: Event) -> Event:
+        """The state of the runs asked for; unknown ones are left out."""
+        known = [self.runs[id] for id in request["runs"] if id in self.runs]
+        return {"runs": [self._described(run) for run in known]}
+
+    async def op_interrupt(self, request: Event) -> Event:
+        return self._interrupt(request.get("run") or "", bool(request.get("everything")))
+
+    async def op_restart(self, request: Event) -> Event:
+        await self._restart()
+        return {"kernel": self.kernel_state, "how": self.how, "stderr": self.stderr}
+
+    async def op_command(self, request: Event) -> Event:
+        id = request["run"]
+        if id not in self.runs:
+            self.runs[id] = Run(id, "command", "", id, False)
+            await self.commands.start(id, request["command"])
+        return {"runs": [self._described(self.runs[id])]}
+
+    async def op_read_file(self, request: Event) -> Event:
+        return self.folder.read(request["path"], request.get("offset", 0), request.get("limit"))
+
+    async def op_write_file(self, request: Event) -> Event:
+        return self.folder.write(request["path"], request["data"], bool(request.get("append")))
+
+    async def op_list_files(self, request: Event) -> Event:
+        return self.folder.list(request.get("path", "."))
+
+    async def op_stop(self, request: Event) -> Event:
+        self.close(request.get("why", "stopped"))
+        return {}

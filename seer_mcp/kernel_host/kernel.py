@@ -1,0 +1,247 @@
+"""One IPython kernel as a child process: start, talk, interrupt, end, and tell how it died."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from typing import Any, Callable, Dict, List, Optional
+
+import psutil  # a dependency of ipykernel
+import zmq
+import zmq.asyncio
+from jupyter_client.connect import write_connection_file
+from jupyter_client.session import Session
+
+Message = Dict[str, Any]
+CHANNELS = ("shell", "iopub", "control")
+
+
+class KernelFailedToStart(Exception):
+    """`why` and the end of what the kernel wrote to stderr."""
+
+    def __init__(self, why: str, stderr: str) -> None:
+        super().__init__(why)
+        self.why = why
+        self.stderr = stderr
+
+
+def how_it_died(code: int, oom_killed: bool) -> str:
+    """Exit code, signal and the likely cause, as a phrase."""
+    if code >= 0:
+        return "exit code %d" % code
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "unknown"
+    cause = ""
+    if oom_killed:
+        cause = "; the system's out-of-memory killer ended a process of this sandbox just now"
+    elif -code == signal.SIGKILL:
+        cause = "; most likely out of memory"
+    return "signal %d, %s%s" % (-code, name, cause)
+
+
+def oom_kills() -> int:
+    """How many processes the kernel's OOM killer has ended in this cgroup (0 where it cannot be told)."""
+    try:
+        with open("/proc/self/cgroup") as file:
+            group = next((line[3:].strip() for line in file if line.startswith("0::")), "/")
+        with open("/sys/fs/cgroup" + group.rstrip("/") + "/memory.events") as file:
+            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
+    except OSError:
+        return 0
+
+
+class Kernel:
+    """A started kernel. `on_message(channel, message)` hears everything it says."""
+
+    def __init__(
+        self,
+        directory: str,
+        generation: int,
+        env: Dict[str, str],
+        cwd: str,
+        log_path: str,
+        on_message: Callable[[str, Message], None],
+        on_exit: Callable[["Kernel", str], None],
+    ) -> None:
+        self.generation = generation
+        self.pid = 0
+        self.alive = False
+        self._directory = directory
+        self._env = env
+        self._cwd = cwd
+        self._log_path = log_path
+        self._on_message = on_message
+        self._on_exit = on_exit
+        self._process: Optional[asyncio.subprocess.Process] = None
+        self._context = zmq.asyncio.Context()
+        self._sockets: Dict[str, zmq.asyncio.Socket] = {}
+        self._tasks: List[asyncio.Task] = []
+        self._probe: Optional[str] = None
+        self._heard_probe = asyncio.Event()
+        self._oom_before = oom_kills()
+
+    async def start(self, timeout: float) -> None:
+        """Start the process and wait until its outputs are sure to be heard.
+
+        A fresh kernel publishes before a subscriber is connected, and that is lost. So a harmless
+        request is repeated until its own status message has come back on iopub.
+        """
+        prefix = os.path.join(self._directory, "k%d" % self.generation)
+        file, found = write_connection_file(
+            prefix + ".json",
+            transport="ipc",
+            ip=prefix,
+            shell_port=1,
+            iopub_port=2,
+            stdin_port=3,
+            control_port=4,
+            hb_port=5,
+        )
+        info: Dict[str, Any] = dict(found)
+        self._session = Session(key=info["key"].encode(), username="seer")
+        for channel in CHANNELS:
+            socket = self._context.socket(zmq.SUB if channel == "iopub" else zmq.DEALER)
+            socket.linger = 0
+            socket.rcvhwm = 0  # the default drops messages for a reader that is slow for a moment
+            if channel == "iopub":
+                socket.subscribe(b"")
+            else:
+                socket.identity = self._session.bsession
+            socket.connect("ipc://%s-%d" % (prefix, info[channel + "_port"]))
+            self._sockets[channel] = socket
+        launch = os.path.join(os.path.dirname(os.path.abspath(__file__)), "launch.py")
+        with open(self._log_path, "ab") as log:
+            self._log_start = log.tell()
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    launch,
+                    file,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=self._cwd,
+                    env={**self._env, "JPY_PARENT_PID": str(os.getpid())},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                self._close()
+                raise KernelFailedToStart(
+                    "its process could not be made: %s" % error, ""
+                ) from error
+        self.pid = self._process.pid
+        self.alive = True
+        for channel in CHANNELS:
+            self._tasks.append(asyncio.ensure_future(self._receive(channel)))
+        exited = asyncio.ensure_future(self._process.wait())
+        heard = asyncio.ensure_future(self._heard_probe.wait())
+        end = time.monotonic() + timeout
+        while not heard.done() and not exited.done() and time.monotonic() < end:
+            self._probe = self.send("shell", "kernel_info_request", {})
+            await asyncio.wait({exited, heard}, timeout=0.25, return_when=asyncio.FIRST_COMPLETED)
+        if self._heard_probe.is_set():
+            self._tasks.append(asyncio.ensure_future(self._watch(exited)))
+            return
+        heard.cancel()
+        if exited.done():
+            why = "it ended at once (%s)" % how_it_died(exited.result(), False)
+        else:
+            exited.cancel()
+            why = "it gave no sign of life in %.0f s" % timeout
+        await self.kill()
+        raise KernelFailedToStart(why, self._stderr())
+
+    def send(self, channel: str, kind: str, content: Dict[str, Any]) -> str:
+        """Send one request; its message id tells the answers."""
+        message = self._session.msg(kind, content)
+        parts = self._session.serialize(message)
+        # zmq queues it at once; the future only says so.
+        self._sockets[channel].send_multipart(parts, flags=zmq.NOBLOCK)
+        return str(message["header"]["msg_id"])
+
+    def interrupt(self) -> None:
+        """Ctrl-C, for the kernel and what its cell started in the foreground."""
+        if self.alive:
+            os.killpg(self.pid, signal.SIGINT)
+
+    async def kill(self) -> None:
+        """End the process and everything it started that is still its own; returns when gone."""
+        self.alive = False
+        if self._process is not None and self._process.returncode is None:
+            await kill_tree(self._process.pid)
+            await self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for socket in self._sockets.values():
+            socket.close()
+        self._context.term()
+        for name in os.listdir(self._directory):
+            if name.startswith("k%d" % self.generation):
+                os.unlink(os.path.join(self._directory, name))
+
+    async def _receive(self, channel: str) -> None:
+        socket = self._sockets[channel]
+        while True:
+            parts = await socket.recv_multipart()
+            _, signed = self._session.feed_identities(parts)
+            message = self._session.deserialize(signed)
+            if channel == "iopub" and message["parent_header"].get("msg_id") == self._probe:
+                self._heard_probe.set()
+            self._on_message(channel, message)
+
+    async def _watch(self, exited: "asyncio.Future[int]") -> None:
+        code = await exited
+        if not self.alive:
+            return
+        # What it said last is still in the sockets.
+        quiet = 0
+        while quiet < 3:
+            pending = any(
+                int(s.getsockopt(zmq.EVENTS)) & zmq.POLLIN for s in self._sockets.values()
+            )
+            quiet = 0 if pending else quiet + 1
+            await asyncio.sleep(0.02)
+        self.alive = False
+        how = how_it_died(code, oom_kills() > self._oom_before)
+        await kill_tree(self.pid)
+        self._on_exit(self, how)
+
+    def _stderr(self) -> str:
+        with open(self._log_path, "rb") as log:
+            log.seek(max(self._log_start, os.path.getsize(self._log_path) - 20_000))
+            return log.read().decode("utf-8", "backslashreplace")
+
+
+def descendants(pid: int) -> "List[psutil.Process]":
+    """What a process started, and what that started, as far as it still runs."""
+    try:
+        family = psutil.Process(pid).children(recursive=True)
+        return [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    except psutil.NoSuchProcess:
+        return []
+
+
+async def kill_tree(pid: int) -> None:
+    """SIGKILL a group leader, its group and its descendants, until none is left."""
+    for _ in range(100):
+        family = descendants(pid)
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # it is gone, or only its zombie is left
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+        if not family:
+            return
+        await asyncio.sleep(0.01)

@@ -1,0 +1,293 @@
+"""The outputs of one cell, folded from the kernel's events as a notebook keeps them.
+
+Streams of one name are merged, carriage returns and backspaces honoured. Text longer than
+INLINE characters is kept whole in a file beside the notebook; the notebook then holds its head and
+tail and says where the rest is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .text import Page, Screen, page, printable
+
+INLINE = 64_000  # characters of one text that stay in the notebook
+HEAD = 40_000  # of which, when it is longer: so many from its beginning
+TAIL = 16_000  # and so many from its end
+
+Event = dict[str, Any]
+Output = dict[str, Any]
+SpillPath = Callable[[int], Path]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One readable part of a cell's outputs."""
+
+    index: int
+    kind: str
+    """"stdout", "stderr", "result", "display" or "error"."""
+    text: str
+    """What a reader of text sees (of a long stream: nothing, it is in `file`)."""
+    file: Path | None = None
+    rest: str = ""
+    """The unfinished last line, which is not in `file` yet."""
+    images: tuple[tuple[str, str], ...] = ()
+    """(MIME type, base64)."""
+
+    def page(self, offset: int, limit: int) -> Page:
+        """At most `limit` characters (bytes of a long stream) from `offset` on."""
+        if self.file is None:
+            return page(self.text, offset, limit)
+        size = self.file.stat().st_size
+        if offset >= size:
+            found = page(self.rest, offset - size, limit)
+            following = None if found.next_offset is None else found.next_offset + size
+            return Page(found.text, offset, following, size + len(self.rest))
+        found = page(self.file, offset, limit)
+        after = size if found.next_offset is None and self.rest else found.next_offset
+        return Page(found.text, found.offset, after, size + len(self.rest))
+
+    @property
+    def size(self) -> int:
+        return len(self.text) if self.file is None else self.file.stat().st_size + len(self.rest)
+
+
+class Stream:
+    """One merged stream while it may still grow."""
+
+    def __init__(self, name: str, spill: Callable[[], Path]) -> None:
+        self.name = name
+        self._spill = spill
+        self._screen = Screen()
+        self._done = ""  # finished lines, while they fit inline
+        self._tail = ""
+        self._length = 0
+        self.file: Path | None = None
+
+    def feed(self, text: str) -> None:
+        self._screen.feed(text)
+        new = self._screen.take()
+        if not new:
+            return
+        self._length += len(new)
+        if self.file is None:
+            self._done += new
+            if len(self._done) <= INLINE:
+                return
+            self.file = self._spill()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.write_bytes(b"")
+            new = self._done
+        with self.file.open("ab") as file:
+            file.write(new.encode("utf-8"))
+        self._tail = (self._tail + new)[-TAIL:]
+        self._done = self._done[:HEAD]
+
+    def close(self) -> None:
+        """The run is over: the unfinished line goes where the rest is."""
+        pending = self._screen.pending()
+        if self.file is None and self._length + len(pending) <= INLINE:
+            return
+        if pending:
+            self.feed("\n")
+            # The line break was ours: take it back.
+            assert self.file is not None
+            with self.file.open("rb+") as file:
+                file.truncate(file.seek(-1, 2))
+            self._tail = self._tail[:-1]
+            self._length -= 1
+
+    def output(self) -> Output:
+        pending = self._screen.pending()
+        whole = self._length + len(pending)
+        if self.file is None and whole <= INLINE:
+            return {"output_type": "stream", "name": self.name, "text": self._done + pending}
+        head = (self._done + pending)[:HEAD]
+        tail = ((self._tail or self._done) + pending)[-TAIL:]
+        where = f"; all of it: {self.file.parent.name}/{self.file.name}" if self.file else ""
+        gap = f"\n… {whole - len(head) - len(tail):,} of {whole:,} characters left out here{where} …\n"
+        return {"output_type": "stream", "name": self.name, "text": head + gap + tail}
+
+    def piece(self, index: int) -> Piece:
+        pending = self._screen.pending()
+        if self.file is None:
+            return Piece(index, self.name, self._done + pending)
+        return Piece(index, self.name, "", self.file, pending)
+
+
+class Outputs:
+    """A cell's outputs. `items` is what goes into the notebook."""
+
+    def __init__(
+        self,
+        spill_path: SpillPath,
+        stored: list[Output] | None = None,
+        files: dict[str, Path] | None = None,
+    ) -> None:
+        self._spill_path = spill_path
+        self._items: list[Stream | Output] = list(stored or [])
+        self._files = dict(files or {})  # index -> file, for stored streams
+        self._clear_next = False
+
+    def fold(self, event: Event) -> None:
+        """Take one event: stream, display, result, error, clear or capped."""
+        kind = event["type"]
+        if kind == "clear":
+            self._clear_next = bool(event["wait"])
+            if not self._clear_next:
+                self._clear()
+            return
+        if self._clear_next:
+            self._clear()
+        if kind == "stream":
+            self._stream(event["name"], event["text"])
+        elif kind in ("display", "result"):
+            metadata = dict(event["metadata"])
+            if event.get("display_id"):
+                metadata["seer"] = {"display_id": event["display_id"]}
+            output: Output = {
+                "output_type": "display_data" if kind == "display" else "execute_result",
+                "data": bundle(event["data"]),
+                "metadata": metadata,
+            }
+            if kind == "result":
+                output["execution_count"] = event["count"]
+            self._items.append(output)
+        elif kind == "error":
+            self._items.append(
+                {
+                    "output_type": "error",
+                    "ename": str(event["ename"]),
+                    "evalue": str(event["evalue"]),
+                    "traceback": [str(line) for line in event["traceback"]],
+                }
+            )
+        elif kind == "capped":
+            self._stream(
+                "stderr", f"\n[output beyond {event['cap']:,} bytes of this run is not kept]\n"
+            )
+
+    def update(self, event: Event) -> bool:
+        """Replace the displays of the event's display_id; whether there were any."""
+        found = False
+        for item in self._items:
+            if isinstance(item, dict) and display_id(item) == event["display_id"]:
+                item["data"] = bundle(event["data"])
+                item["metadata"] = {
+                    **event["metadata"],
+                    "seer": {"display_id": event["display_id"]},
+                }
+                found = True
+        return found
+
+    def close(self) -> None:
+        for item in self._items:
+            if isinstance(item, Stream):
+                item.close()
+
+    def items(self) -> list[Output]:
+        return [item.output() if isinstance(item, Stream) else item for item in self._items]
+
+    def files(self) -> dict[str, Path]:
+        """Index of a long stream -> the file that holds all of it."""
+        live = {
+            str(i): s.file for i, s in enumerate(self._items) if isinstance(s, Stream) and s.file
+        }
+        return {**self._files, **live}
+
+    def pieces(self) -> list[Piece]:
+        found: list[Piece] = []
+        for index, item in enumerate(self._items):
+            if isinstance(item, Stream):
+                found.append(item.piece(index))
+            elif str(index) in self._files and self._files[str(index)].exists():
+                found.append(Piece(index, item["name"], "", self._files[str(index)]))
+            else:
+                found.append(as_piece(index, item))
+        return found
+
+    def _stream(self, name: str, text: str) -> None:
+        last = self._items[-1] if self._items else None
+        if not (isinstance(last, Stream) and last.name == name) and text.startswith("\r"):
+            # A progress bar goes on where it was, although the other stream spoke in between.
+            last = next((s for s in reversed(self._trailing_streams()) if s.name == name), last)
+        if isinstance(last, Stream) and last.name == name:
+            last.feed(text)
+            return
+        index = len(self._items)
+        stream = Stream(name, lambda: self._spill_path(index))
+        if (
+            isinstance(last, dict)
+            and last.get("name") == name
+            and str(index - 1) not in self._files
+        ):
+            index -= 1  # a stored stream that goes on
+            stream.feed(last["text"])
+            self._items.pop()
+        stream.feed(text)
+        self._items.append(stream)
+
+    def _trailing_streams(self) -> list[Stream]:
+        streams: list[Stream] = []
+        for item in reversed(self._items):
+            if not isinstance(item, Stream):
+                break
+            streams.insert(0, item)
+        return streams
+
+    def _clear(self) -> None:
+        for file in self.files().values():
+            file.unlink(missing_ok=True)
+        self._items.clear()
+        self._files.clear()
+        self._clear_next = False
+
+
+def bundle(data: dict[str, Any]) -> dict[str, Any]:
+    """A MIME bundle as nbformat allows it: only JSON types may hold something other than text."""
+    return {
+        mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
+        for mime, value in data.items()
+    }
+
+
+def display_id(output: Output) -> str | None:
+    return output.get("metadata", {}).get("seer", {}).get("display_id")
+
+
+def as_piece(index: int, output: Output) -> Piece:
+    """A stored output as text and images. HTML and scripts are never passed on."""
+    kind = output["output_type"]
+    if kind == "stream":
+        return Piece(index, output["name"], joined(output["text"]))
+    if kind == "error":
+        trace = "\n".join(output["traceback"]) or f"{output['ename']}: {output['evalue']}"
+        return Piece(index, "error", trace)
+    data: dict[str, Any] = output["data"]
+    images = tuple(
+        (mime, joined(data[mime]).replace("\n", ""))
+        for mime in ("image/png", "image/jpeg", "image/gif", "image/webp")
+        if mime in data
+    )[:1]
+    text = next(
+        (
+            joined(data[mime])
+            for mime in ("text/markdown", "text/plain", "text/latex")
+            if mime in data
+        ),
+        "",
+    )
+    if not text and not images:
+        text = f"[{', '.join(sorted(data)) or 'empty output'}: kept in the notebook, not shown as text]"
+    return Piece(
+        index, "result" if kind == "execute_result" else "display", printable(text), images=images
+    )
+
+
+def joined(text: str | list[str]) -> str:
+    return text if isinstance(text, str) else "".join(text)

@@ -1,0 +1,227 @@
+"""The MCP server: tools, resources, instructions, and the lifespan that is the register of sandboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+from mcp.server import MCPServer
+from mcp.server.auth.provider import TokenVerifier
+from mcp.server.auth.settings import AuthSettings
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.exceptions import ResourceNotFoundError, ToolError
+from mcp.server.subscriptions import InMemorySubscriptionBus
+from mcp.shared.subscriptions import ResourceUpdated
+from mcp.types import (
+    CallToolResult,
+    EmptyResult,
+    InputRequiredResult,
+    Resource,
+    SubscribeRequestParams,
+    UnsubscribeRequestParams,
+)
+from pydantic import ValidationError
+
+from . import __version__
+from .config import Config
+from .errors import NotFound, SeerError
+from .packs import Packs
+from .sessions import Register, Session
+from .tools import build_tools
+from .tools.seam import argument_errors, failure, known_failure, owner
+
+BUILTIN_PACKS = Path(__file__).parent.parent / "tool_packs"
+EXIT_SECONDS = 4.0
+NOTICE_SECONDS = 1.0  # between two update notices of one notebook
+
+INSTRUCTIONS = """\
+seer-mcp investigates language models. It keeps an IPython kernel in a sandbox and records everything in a notebook.
+
+Begin: start_sandbox(name="my-question") gives a handle; pass it as `sandbox` to every other call.
+1. load_model(sandbox, model="organism:base") or a hub id or folder: a visible cell makes it the variable `m`.
+2. list_techniques() shows what can be imported (tool_packs.*); list_techniques(question="…") searches; name= gives signature, controls and a runnable example.
+3. create_cell(sandbox, source) writes a cell and runs it; the answer holds its id and output. Plots come back as images.
+4. A call waits 45 s at most. A longer cell answers "running": it goes on by itself; read_outputs(sandbox, cell) waits for the rest. interrupt stops it.
+5. Change a cell with edit_cell(run=true) rather than writing it again; write markdown cells for what you find.
+
+Work like a scientist: behaviour first, then internals; every effect next to its control (random direction of equal norm, control adapter); state numbers, and what would have shown you wrong.
+Variables live in the kernel until restart_kernel; the notebook stays on disk when the sandbox is gone. list_sandboxes gives lost handles back. stop_sandbox when you are done.
+"""
+
+
+class SeerServer(MCPServer[None]):
+    """MCPServer with strict arguments, our errors as plain results, and notebooks as resources."""
+
+    register: Register
+
+    async def call_tool(
+        self, name: str, arguments: dict[str, Any], context: Context[None, Any] | None = None
+    ) -> CallToolResult | InputRequiredResult:
+        tool = self._tool_manager.get_tool(name)
+        if tool is None:
+            known = [t.name for t in self._tool_manager.list_tools()]
+            return failure(str(NotFound("tool", name, known)))
+        try:
+            return await super().call_tool(name, arguments, context)
+        except ToolError as error:
+            if isinstance(error.__cause__, ValidationError):
+                return failure(argument_errors(tool, error.__cause__))
+            known_error = known_failure(error)
+            if known_error is None:
+                raise
+            return failure(str(known_error))
+
+    def on_request(self, method: str, params: type[Any], handler: Any) -> None:
+        """Serve a method for which MCPServer has no decorator."""
+        self._lowlevel_server.add_request_handler(method, params, handler)
+
+    async def list_resources(self) -> list[Resource]:
+        sessions, _ = await self.register.list(owner())
+        return [
+            Resource(
+                uri=notebook_uri(session),
+                name=session.notebook.path.name,
+                title=f"Notebook of sandbox {session.handle}",
+                mime_type="application/x-ipynb+json",
+            )
+            for session in sessions
+        ]
+
+
+def notebook_uri(session: Session) -> str:
+    return f"seer://sandboxes/{session.handle}/notebook"
+
+
+def build_server(
+    config: Config, *, token_verifier: TokenVerifier | None = None, auth: AuthSettings | None = None
+) -> MCPServer[None]:
+    """The whole server for one Config; runs over stdio, HTTP, or in memory."""
+    packs = Packs([BUILTIN_PACKS, *config.packs])
+    register = Register(config, packs)
+    bus = InMemorySubscriptionBus()
+
+    @asynccontextmanager
+    async def lifespan(_: MCPServer[None]) -> AsyncGenerator[None]:
+        await register.open()
+        try:
+            yield None
+        finally:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(EXIT_SECONDS):
+                await register.close()
+
+    server = SeerServer(
+        "seer-mcp",
+        title="seer: investigate a language model",
+        instructions=INSTRUCTIONS,
+        version=__version__,
+        tools=build_tools(register),
+        lifespan=lifespan,
+        subscriptions=bus,
+        token_verifier=token_verifier,
+        auth=auth,
+        log_level="WARNING",
+    )
+    server.register = register
+    add_resources(server, register)
+    add_notices(server, register, bus)
+    return server
+
+
+def add_resources(server: MCPServer[None], register: Register) -> None:
+    @server.resource("seer://sandboxes/{handle}/notebook", mime_type="application/x-ipynb+json")
+    async def notebook(handle: str) -> str:
+        """The notebook of a sandbox, as it is now."""
+        return (await _found(register, handle)).notebook.text()
+
+    @server.resource("seer://sandboxes/{handle}/cells/{cell}", mime_type="application/json")
+    async def cell(handle: str, cell: str) -> str:
+        """One cell of a notebook with its outputs."""
+        try:
+            return (await _found(register, handle)).notebook.cell(cell).json()
+        except NotFound as error:
+            raise ResourceNotFoundError(str(error)) from error
+
+
+async def _found(register: Register, handle: str) -> Session:
+    try:
+        return await register.get(handle, owner())
+    except SeerError as error:
+        raise ResourceNotFoundError(str(error)) from error
+
+
+def add_notices(server: SeerServer, register: Register, bus: InMemorySubscriptionBus) -> None:
+    """Update notices for notebooks and cells, about one a second, in both protocol eras."""
+    # 2025: who asked for which URI. A session that is gone drops out when it cannot be told.
+    subscribers: dict[str, set[Any]] = {}
+    changed: dict[str, float] = {}
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def subscribe(context: Any, params: SubscribeRequestParams) -> EmptyResult:
+        subscribers.setdefault(str(params.uri), set()).add(context.session)
+        return EmptyResult()
+
+    async def unsubscribe(context: Any, params: UnsubscribeRequestParams) -> EmptyResult:
+        subscribers.get(str(params.uri), set()).discard(context.session)
+        return EmptyResult()
+
+    async def announce(uri: str) -> None:
+        await asyncio.sleep(max(0.0, changed[uri] + NOTICE_SECONDS - time.monotonic()))
+        changed[uri] = time.monotonic()
+        await bus.publish(ResourceUpdated(uri=uri))
+        for session in list(subscribers.get(uri, ())):
+            try:
+                await session.send_resource_updated(uri)
+            except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+                subscribers[uri].discard(session)
+
+    pending: set[str] = set()
+
+    def soon(uri: str) -> None:
+        if uri in pending:
+            return
+        pending.add(uri)
+        changed.setdefault(uri, 0.0)
+        task = asyncio.create_task(announce(uri))
+        tasks.add(task)
+
+        def done(finished: asyncio.Task[None]) -> None:
+            tasks.discard(finished)
+            pending.discard(uri)
+
+        task.add_done_callback(done)
+
+    def on_change(session: Session, cell: str) -> None:
+        soon(notebook_uri(session))
+        if cell:
+            soon(f"seer://sandboxes/{session.handle}/cells/{cell}")
+
+    register.on_change = on_change
+    server.on_request("resources/subscribe", SubscribeRequestParams, subscribe)
+    server.on_request("resources/unsubscribe", UnsubscribeRequestParams, unsubscribe)
+
+
+async def serve_stdio(config: Config) -> None:
+    """Serve one client over stdin and stdout until it closes them or a signal comes; then exit."""
+    server = build_server(config)
+    async with anyio.create_task_group() as group:
+
+        async def until_told() -> None:
+            with anyio.open_signal_receiver(
+                signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+            ) as signals:
+                async for _ in signals:
+                    group.cancel_scope.cancel()
+                    return
+
+        group.start_soon(until_told)
+        await server.run_stdio_async()
+        group.cancel_scope.cancel()
+    # The reader thread of stdin cannot be cancelled: what had to be written is written.
+    os._exit(0)

@@ -1,0 +1,6 @@
+"""Sessions: one sandbox and its notebook each; and the register that starts and finds them."""
+
+from .register import Register
+from .session import RunInfo, Session
+
+__all__ = ["Register", "RunInfo", "Session"]

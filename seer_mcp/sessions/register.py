@@ -1,0 +1,354 @@
+"""All sandboxes of this server: start, find again, list, end.
+
+One folder per sandbox under the state folder holds its record (0600, atomic) and a lock. The lock,
+not the state folder, is what belongs to one server: several servers (a desktop client's and an
+editor's, say) share a state folder, each follows the sandboxes that it holds, and takes over those
+whose server is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..backends import Backend, Place, Progress, open_backend
+from ..config import Config
+from ..environment import SandboxSpec
+from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, SeerError, show
+from ..files import Lock, checked_name, private_dir, resolve_inside, write_json
+from ..notebook import Notebook, read_notebook
+from ..packs import Packs
+from .session import Session
+
+FORGET_SECONDS = 7 * 86400.0
+READY_SECONDS = 40.0
+ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
+
+
+class Register:
+    def __init__(self, config: Config, packs: Packs) -> None:
+        self.config = config
+        self.packs = packs
+        self.on_change: Callable[[Session, str], None] = lambda session, cell: None
+        self._sessions: dict[str, Session] = {}
+        self._names: set[tuple[str, str]] = set()  # being started
+        self._starting: set[str] = set()  # their handles
+        self._backends: dict[str, Backend] = {}
+        self._scanning = asyncio.Lock()
+        self._first_scan: asyncio.Task[None] | None = None
+
+    # -- life ---------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Make the folders, and begin to look for sandboxes of earlier servers."""
+        private_dir(self.config.state_dir)
+        private_dir(self.config.state_dir / "sandboxes")
+        private_dir(self.config.runtime_dir)
+        self._first_scan = asyncio.create_task(self._scan(), name="find sandboxes again")
+
+    async def close(self) -> None:
+        """Let go of every sandbox, or end them, as configured."""
+        if self._first_scan is not None:
+            await asyncio.wait([self._first_scan], timeout=2.0)
+        live = [s for s in self._sessions.values() if s.ended is None]
+        if self.config.on_exit == "stop":
+            await asyncio.gather(*(s.terminate("the server ended") for s in live))
+        else:
+            await asyncio.gather(*(s.let_go() for s in live))
+
+    def backend(self, name: str) -> Backend:
+        if name not in self._backends:
+            self._backends[name] = open_backend(name, self.config)
+        return self._backends[name]
+
+    # -- start --------------------------------------------------------------------------------
+
+    async def start(
+        self, owner: str, name: str, spec: SandboxSpec, notebook: str, fork: bool, report: Progress
+    ) -> Session:
+        """A sandbox with a kernel that is ready. Whatever fails, nothing is left running."""
+        backend = self.backend(spec.backend)
+        await self.all_found()
+        live = [s for s in self._sessions.values() if s.ended is None]
+        if len(live) + len(self._names) >= self.config.max_sandboxes:
+            raise Conflict(
+                f"{len(live)} sandboxes are running, which is this server's limit. Stop one with stop_sandbox first."
+            )
+        source = self._existing(notebook) if notebook else None
+        name = self._free_name(owner, name, source)
+        self._names.add((owner, name))
+        try:
+            return await self._start(owner, name, backend, spec, source, fork, report)
+        finally:
+            self._names.discard((owner, name))
+
+    def _existing(self, notebook: str) -> Path:
+        config = self.config
+        roots = [config.project_dir, config.outputs_dir, *config.notebook_roots]
+        path = resolve_inside("notebook", notebook, config.project_dir, roots)
+        if not path.is_file():
+            known = [
+                str(p.relative_to(config.outputs_dir.parent))
+                for p in config.outputs_dir.glob("*/*.ipynb")
+            ]
+            raise NotFound("notebook", notebook, known)
+        return path
+
+    def _free_name(self, owner: str, name: str, source: Path | None) -> str:
+        taken = {s.name: s for s in self._sessions.values() if s.ended is None and s.owner == owner}
+        starting = {n for o, n in self._names if o == owner}
+        if name:
+            checked_name("name", name)
+            if name in taken:
+                raise Conflict(
+                    f"A sandbox named {show(name)} is running: {taken[name].handle}. Use that handle, choose another "
+                    f"name, or end it with stop_sandbox(sandbox={show(taken[name].handle)})."
+                )
+            if name in starting:
+                raise Conflict(
+                    f"A sandbox named {show(name)} is being started. Choose another name."
+                )
+            return name
+        kept = "".join(
+            c if c.isascii() and c.isalnum() else "-"
+            for c in (source.stem if source else "sandbox").lower()
+        )
+        stem = kept.strip("-")[:32] or "sandbox"
+        number = 1
+        while (found := stem if number == 1 else f"{stem}-{number}") in taken or found in starting:
+            number += 1
+        return found
+
+    async def _start(
+        self,
+        owner: str,
+        name: str,
+        backend: Backend,
+        spec: SandboxSpec,
+        source: Path | None,
+        fork: bool,
+        report: Progress,
+    ) -> Session:
+        handle = f"{name}-{''.join(secrets.choice(ALPHABET) for _ in range(6))}"
+        self._starting.add(handle)
+        try:
+            return await self._start_as(handle, owner, name, backend, spec, source, fork, report)
+        finally:
+            self._starting.discard(handle)
+
+    async def _start_as(
+        self,
+        handle: str,
+        owner: str,
+        name: str,
+        backend: Backend,
+        spec: SandboxSpec,
+        source: Path | None,
+        fork: bool,
+        report: Progress,
+    ) -> Session:
+        cells, metadata = read_notebook(source, as_copy=fork) if source else ([], None)
+        if source and not fork:
+            path, notebook_lock = source, self._lock_notebook(source)
+        else:
+            path = await asyncio.to_thread(self._new_folder, name)
+            notebook_lock = None
+        state_dir = private_dir(self.config.state_dir / "sandboxes" / handle)
+        lock = Lock(state_dir / "lock")
+        lock.take()
+        document = Notebook(path, cells, metadata)
+        document.forget_runs()
+        session = Session(handle, name, owner, spec.backend, document, state_dir, lock, time.time())
+        session.notebook_lock = notebook_lock
+        place = Place(
+            handle,
+            state_dir,
+            self.config.runtime_dir / hashlib.sha256(handle.encode()).hexdigest()[:12],
+            path.parent,
+            (path,),
+            importable(self.packs),
+        )
+        write_json(state_dir / "record.json", session.record())
+        attached = False
+        try:
+            sandbox = await backend.start(spec, place, report)
+            session.attach(backend, sandbox, 1)
+            attached = True
+            write_json(state_dir / "record.json", session.record())
+            report("starting the kernel")
+            await session.kernel_ready(READY_SECONDS)
+            document.metadata["seer"] = {"sandbox": handle, "backend": spec.backend}
+            document.changed()
+            await session.save()
+        except BaseException:
+            if attached:
+                await asyncio.shield(session.terminate("it did not start"))
+            session.release()
+            shutil.rmtree(state_dir, ignore_errors=True)
+            self._remove_if_empty(path, source)
+            raise
+        session.on_change = lambda s, cell: self.on_change(s, cell)
+        session.on_end = self._ended
+        self._sessions[handle] = session
+        return session
+
+    def _new_folder(self, name: str) -> Path:
+        """The path of a new notebook in a folder of its own; an older one is never touched."""
+        number = 1
+        while True:
+            stem = name if number == 1 else f"{name}-{number}"
+            folder = self.config.outputs_dir / stem
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+                continue
+            return folder / f"{stem}.ipynb"
+
+    def _remove_if_empty(self, path: Path, source: Path | None) -> None:
+        if path == source:
+            return
+        path.unlink(missing_ok=True)
+        try:
+            path.parent.rmdir()
+        except OSError:
+            return  # the kernel left files there: they stay
+
+    def _lock_notebook(self, path: Path) -> Lock:
+        locks = private_dir(self.config.state_dir / "locks")
+        lock = Lock(locks / hashlib.sha256(str(path).encode()).hexdigest()[:32])
+        held = any(s.notebook.path == path and s.ended is None for s in self._sessions.values())
+        if held or not lock.take():
+            raise Conflict(
+                f"The notebook {path} is open in another sandbox. Use that one (list_sandboxes), or open a copy with fork=true."
+            )
+        return lock
+
+    # -- find ---------------------------------------------------------------------------------
+
+    async def get(self, handle: str, owner: str) -> Session:
+        """The session of a handle, if it is the caller's. Foreign handles answer like unknown ones."""
+        session = self._sessions.get(handle)
+        if session is None or session.owner != owner:
+            await self.all_found()
+            session = self._sessions.get(handle)
+        if session is None or session.owner != owner:
+            mine = [
+                s.handle for s in self._sessions.values() if s.owner == owner and s.ended is None
+            ]
+            raise NotFound(
+                "sandbox", handle, mine, "list_sandboxes shows what runs; start_sandbox starts one."
+            )
+        return session
+
+    async def list(self, owner: str) -> tuple[list[Session], list[str]]:
+        """The caller's sandboxes, the newest last; and notes on those that cannot be used."""
+        notes = await self.all_found()
+        mine = [s for s in self._sessions.values() if s.owner == owner]
+        return sorted(mine, key=lambda s: s.created), notes
+
+    async def all_found(self) -> list[str]:
+        if self._first_scan is not None:
+            await asyncio.wait([self._first_scan])
+        return await self._scan_notes()
+
+    async def _scan(self) -> None:
+        await self._scan_notes()
+
+    async def _scan_notes(self) -> list[str]:
+        """Take over what no living server holds; what is wrong with the rest, in sentences."""
+        notes: list[str] = []
+        async with self._scanning:
+            folders = sorted((self.config.state_dir / "sandboxes").iterdir())
+            ours = self._sessions.keys() | self._starting
+            new = [f for f in folders if f.name not in ours and (f / "record.json").exists()]
+            for outcome in await asyncio.gather(*(self._adopt(folder) for folder in new)):
+                if outcome:
+                    notes.append(outcome)
+        return notes
+
+    async def _adopt(self, folder: Path) -> str | None:
+        lock = Lock(folder / "lock")
+        if not lock.take():
+            return f"{folder.name}: another seer-mcp server uses it."
+        try:
+            record: dict[str, Any] = json.loads((folder / "record.json").read_text())
+            handle, backend_name = str(record["handle"]), str(record["backend"])
+            path, created = Path(record["notebook"]), float(record["created"])
+            owner, name, ended = str(record["owner"]), str(record["name"]), record["ended"]
+            sandbox_record = record["sandbox"]
+        except (ValueError, KeyError, TypeError) as error:
+            lock.release()
+            return f"{folder.name}: its record cannot be read ({error!r}); remove {folder} when nothing of it runs."
+        if ended is not None and time.time() - created > FORGET_SECONDS:
+            lock.release()
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        try:
+            cells, metadata = read_notebook(path) if path.exists() else ([], None)
+        except SeerError as error:
+            lock.release()
+            return f"{handle}: {error}"
+        document = Notebook(path, cells, metadata)
+        document.folded = int((metadata or {}).get("seer", {}).get("folded", 0))
+        session = Session(handle, name, owner, backend_name, document, folder, lock, created)
+        session.on_change = lambda s, cell: self.on_change(s, cell)
+        session.on_end = self._ended
+        if ended is not None:
+            session.ended = str(ended)
+            session.release()
+            self._sessions[handle] = session
+            return None
+        try:
+            backend = self.backend(backend_name)
+            if sandbox_record:
+                sandbox = await backend.find(sandbox_record)
+            else:  # its server died while it started
+                sandbox = None
+                await backend.clear(handle)
+        except SandboxUnreachable as error:
+            lock.release()
+            return f"{handle}: {error}"
+        if sandbox is None:
+            await session.declare_lost("it ended while no server was there")
+        else:
+            session.attach(backend, sandbox, document.rewind())
+            await session.follow_again()
+        self._sessions[handle] = session
+        return None
+
+    def _ended(self, session: Session) -> None:
+        """The record stays for a while, so that the handle can be asked about; the rest goes."""
+        write_json(session.state_dir / "record.json", session.record())
+        for entry in session.state_dir.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry.name not in ("record.json", "lock"):
+                entry.unlink(missing_ok=True)
+
+    async def stop(self, session: Session) -> None:
+        if session.ended is None:
+            await session.terminate("stopped by stop_sandbox")
+        else:
+            raise BadInput("sandbox", session.handle, f"it has ended already ({session.ended})")
+
+
+def importable(packs: Packs) -> dict[str, Path]:
+    """Import name -> file or folder: what a sandbox's kernel is given of the packs."""
+    found: dict[str, Path] = {}
+    for pack in packs.read().packs:
+        if (pack.folder / "__init__.py").is_file():
+            found[pack.folder.name] = pack.folder
+            continue
+        module = pack.folder / f"{pack.name}.py"
+        found[pack.name] = module if module.is_file() else pack.folder / pack.name
+        found.update({private.stem: private for private in pack.folder.glob("_*.py")})
+    return found

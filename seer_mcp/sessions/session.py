@@ -1,0 +1,464 @@
+"""One sandbox and its notebook: run, wait, interrupt, restart, end."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..backends import Backend, Record, Sandbox
+from ..errors import (
+    BadInput,
+    KernelDead,
+    KernelStartFailed,
+    NotebookNotSaved,
+    NotFound,
+    SandboxLost,
+    SandboxUnreachable,
+    SeerError,
+)
+from ..files import Lock
+from ..kernel import Event, Link
+from ..notebook import UNFINISHED, Cell, Notebook
+from ..outputs import Outputs
+
+Heartbeat = Callable[[str], Awaitable[None]]
+HEARTBEAT_SECONDS = 5.0
+INTERRUPT_SECONDS = 5.0
+FILE_PIECE = 2_000_000
+
+
+@dataclass
+class RunInfo:
+    """One run as this server knows it."""
+
+    id: str
+    kind: str
+    """"cell" or "command"."""
+    subject: str
+    """The cell's id, or the command."""
+    state: str = "queued"
+    started: float | None = None
+    seconds: float | None = None
+    why: str = ""
+    code: int | None = None
+    """A command's exit code."""
+    output_bytes: int = 0
+    dropped_bytes: int = 0
+    outputs: Outputs | None = None
+    """A command's outputs (a cell's are in the notebook)."""
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Session:
+    def __init__(
+        self,
+        handle: str,
+        name: str,
+        owner: str,
+        backend_name: str,
+        notebook: Notebook,
+        state_dir: Path,
+        lock: Lock,
+        created: float,
+    ) -> None:
+        self.handle = handle
+        self.name = name
+        self.owner = owner
+        self.backend_name = backend_name
+        self.notebook = notebook
+        self.state_dir = state_dir
+        self.lock = lock
+        self.notebook_lock: Lock | None = None
+        self.created = created
+        self.runs: dict[str, RunInfo] = {}
+        self.kernel_state = "starting"
+        self.kernel_how = ""
+        self.generation = 0
+        self.ended: str | None = None
+        """Why the sandbox is gone, or None while it lives."""
+        self.lost_bytes = 0
+        """Bytes of output that the host could not keep because its disk was full."""
+        self.on_change: Callable[[Session, str], None] = lambda session, cell: None
+        self.on_end: Callable[[Session], None] = lambda session: None
+        self._sandbox: Sandbox | None = None
+        self._link: Link | None = None
+        self._saver: asyncio.Task[None] | None = None
+        self._closing_why = ""
+        self._kernel_changed = asyncio.Event()
+        self._work: set[asyncio.Task[Any]] = set()
+
+    # -- life ---------------------------------------------------------------------------------
+
+    def attach(self, backend: Backend, sandbox: Sandbox, start: int) -> None:
+        """Begin to follow a sandbox from event `start` on."""
+        self._sandbox = sandbox
+        record = sandbox.record()
+
+        async def is_gone() -> str | None:
+            found = await backend.find(record)
+            return (
+                None
+                if found is not None
+                else (self._closing_why or "its host process ended unexpectedly")
+            )
+
+        self._link = Link(sandbox.dial, start, self._fold, is_gone, self._lost)
+        self._link.open()
+        self._saver = asyncio.create_task(
+            self.notebook.keep_saved(), name=f"saver of {self.handle}"
+        )
+
+    async def follow_again(self) -> None:
+        """After a restart of the server: the true state of every run that was not over."""
+        assert self._link is not None
+        await self._link.caught_up()
+        open_runs = [cell.seer["run"] for cell in self.notebook.cells if cell.state in UNFINISHED]
+        if not open_runs or self.ended is not None:
+            return
+        answer = await self._link.request("runs", runs=open_runs)
+        known = {run["run"] for run in answer["runs"]}
+        for run in open_runs:
+            if run not in known:
+                self._finish(run, "not_run", "the server ended before the kernel heard of it")
+
+    async def declare_lost(self, why: str) -> None:
+        """After a restart of the server: the machine is not there any more."""
+        await self._end(why, "sandbox_lost")
+
+    async def kernel_ready(self, timeout: float) -> None:
+        """Wait for the kernel's first start. Raises KernelStartFailed."""
+        try:
+            async with asyncio.timeout(timeout):
+                while self.kernel_state == "starting" and self.ended is None:
+                    self._kernel_changed.clear()
+                    await self._kernel_changed.wait()
+        except TimeoutError:
+            raise KernelStartFailed(f"it was not ready after {timeout:.0f} s", "") from None
+        if self.ended is not None:
+            raise KernelStartFailed(self.ended, self._sandbox.log() if self._sandbox else "")
+        if self.kernel_state == "failed":
+            status = await self._linked().request("status")
+            raise KernelStartFailed(self.kernel_how, status["stderr"])
+
+    async def let_go(self) -> None:
+        """This server stops following; the sandbox lives on."""
+        await self._stop_following()
+        self.release()
+
+    async def terminate(self, why: str) -> None:
+        """End the sandbox; the notebook stays."""
+        if self.ended is not None:
+            return
+        sandbox = self._sandbox
+        assert sandbox is not None
+        self._closing_why = why
+        await self._stop_following()
+        await sandbox.terminate()
+        self._sandbox = sandbox
+        await self._end(why, "interrupted")
+
+    async def _stop_following(self) -> None:
+        if self._work:
+            await asyncio.wait(self._work, timeout=2.0)
+        if self._link is not None:
+            await self._link.close()
+        if self._saver is not None:
+            self._saver.cancel()
+            await asyncio.wait([self._saver])
+        await self._save_quietly()
+
+    def release(self) -> None:
+        self.lock.release()
+        if self.notebook_lock is not None:
+            self.notebook_lock.release()
+
+    def _lost(self, why: str) -> None:
+        if self.ended is None:
+            self._own(self._end(why, "expired" if self._closing_why else "sandbox_lost"))
+
+    async def _end(self, why: str, state: str) -> None:
+        self.ended = why
+        for cell in self.notebook.cells:
+            if cell.state in UNFINISHED:
+                self._finish(cell.seer["run"], state if cell.state == "running" else "not_run", why)
+        for run in self.runs.values():
+            if not run.over.is_set():
+                self._finish(run.id, state, why)
+        self._kernel_changed.set()
+        await self._save_quietly()
+        if self._sandbox is not None:
+            await self._sandbox.terminate()  # also what a killed host left behind
+        self.release()
+        self.on_end(self)
+
+    def _finish(self, id: str, state: str, why: str) -> None:
+        self.notebook.finish(id, state, why)
+        if (run := self.runs.get(id)) is not None:
+            run.state, run.why = state, why
+            run.over.set()
+
+    def _own(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task that belongs to the session, not to the call that began it."""
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+        return task
+
+    # -- events -------------------------------------------------------------------------------
+
+    def _fold(self, event: Event) -> None:
+        kind = event["type"]
+        self.notebook.fold(event)
+        if kind == "kernel":
+            self.kernel_state, self.kernel_how = event["state"], event.get("how", "")
+            self.generation = event["generation"]
+            self._kernel_changed.set()
+        elif kind == "closing":
+            self._closing_why = event["why"]
+        elif kind == "lost":
+            self.lost_bytes += event["bytes"]
+        id = event.get("run")
+        if id is None:
+            return
+        cell = self.notebook.by_run(id)
+        run = self.runs.get(id)
+        if run is None:
+            run = self.runs[id] = RunInfo(
+                id, "cell" if cell else "command", cell.id if cell else ""
+            )
+        if kind == "start":
+            run.state, run.started = "running", event["t"]
+            run.subject = event.get("command", run.subject)
+        elif kind == "end":
+            run.state, run.seconds, run.why = event["state"], event["seconds"], event["why"]
+            run.output_bytes, run.dropped_bytes = event["output_bytes"], event["dropped_bytes"]
+            run.code = event["count"] if run.kind == "command" else None
+            if run.outputs:
+                run.outputs.close()
+            run.over.set()
+        elif cell is None and run.kind == "command":
+            run.outputs = run.outputs or Outputs(
+                lambda i: self.notebook.outputs_dir / f"{id}-{i}.txt"
+            )
+            run.outputs.fold(event)
+        self.on_change(self, cell.id if cell else "")
+
+    # -- runs ---------------------------------------------------------------------------------
+
+    async def run_cells(self, cells: Sequence[Cell], stop_on_error: bool = True) -> list[RunInfo]:
+        """Queue the cells in this order. What is begun here is finished even if the caller goes."""
+        self._linked()
+        for cell in cells:
+            if cell.kind != "code":
+                raise BadInput("cell", cell.id, f"it is a {cell.kind} cell; only code cells run")
+            if cell.state in UNFINISHED and not self._settled(cell):
+                raise BadInput(
+                    "cell",
+                    cell.id,
+                    f"it is {cell.state} already; wait with read_outputs or stop it with interrupt",
+                )
+        if self.kernel_state == "dead":
+            raise KernelDead(self.kernel_how)
+        runs: list[RunInfo] = []
+        for cell in cells:
+            run = RunInfo("r" + secrets.token_hex(5), "cell", cell.id)
+            self.runs[run.id] = run
+            self.notebook.begin(cell, run.id)
+            runs.append(run)
+        await asyncio.shield(self._own(self._submit(cells, runs, stop_on_error)))
+        return runs
+
+    async def _submit(
+        self, cells: Sequence[Cell], runs: Sequence[RunInfo], stop_on_error: bool
+    ) -> None:
+        await self._save_quietly()  # on disk before the kernel hears of it
+        wanted = [
+            {"run": run.id, "code": cell.source} for cell, run in zip(cells, runs, strict=True)
+        ]
+        try:
+            await self._linked().request("run", runs=wanted, stop_on_error=stop_on_error)
+        except SeerError as error:
+            for run in runs:
+                self._finish(run.id, "not_run", str(error))
+            await self._save_quietly()
+            raise
+
+    def _settled(self, cell: Cell) -> bool:
+        run = self.runs.get(cell.seer.get("run", ""))
+        return run is not None and run.over.is_set()
+
+    async def command(self, command: str) -> RunInfo:
+        """Start a shell command in the sandbox, beside the kernel."""
+        run = RunInfo("c" + secrets.token_hex(5), "command", command)
+        self.runs[run.id] = run
+        await asyncio.shield(
+            self._own(self._linked().request("command", run=run.id, command=command))
+        )
+        return run
+
+    async def wait(self, runs: Sequence[RunInfo], seconds: float, heartbeat: Heartbeat) -> bool:
+        """Wait until all are over, at most `seconds`; whether they are. The runs go on regardless."""
+        end = time.monotonic() + seconds
+        for run in runs:
+            while not run.over.is_set():
+                left = end - time.monotonic()
+                if left <= 0:
+                    return False
+                try:
+                    async with asyncio.timeout(min(left, HEARTBEAT_SECONDS)):
+                        await run.over.wait()
+                except TimeoutError:
+                    await heartbeat(self._now(runs))
+        await self._save_quietly()  # the answer may name the file: then it is there
+        return True
+
+    def _now(self, runs: Sequence[RunInfo]) -> str:
+        """One line on what runs and what it said last."""
+        over = sum(run.over.is_set() for run in runs)
+        current = next((run for run in runs if not run.over.is_set()), runs[-1])
+        prefix = f"{over}/{len(runs)} " if len(runs) > 1 else ""
+        return f"{prefix}{current.subject[:40]} {current.state}: {self.last_line(current)[-200:]}"
+
+    def last_line(self, run: RunInfo) -> str:
+        outputs = run.outputs if run.kind == "command" else self.notebook.cell(run.subject).outputs
+        for piece in reversed(outputs.pieces() if outputs else []):
+            text = piece.rest or (piece.text if piece.file is None else "")
+            for line in reversed(text[-2000:].splitlines()):
+                if line.strip():
+                    return line.strip()
+        return ""
+
+    def find_run(self, id: str) -> RunInfo:
+        if id in self.runs:
+            return self.runs[id]
+        cell = self.notebook.by_run(id)
+        if cell is None:
+            raise NotFound(
+                "run", id, list(self.runs)[-12:], "read_notebook shows the last run of each cell."
+            )
+        return self.run_of(cell)
+
+    def run_of(self, cell: Cell) -> RunInfo:
+        """The last run of a cell, also one of an earlier server."""
+        seer = cell.seer
+        if seer.get("run") in self.runs:
+            return self.runs[seer["run"]]
+        run = RunInfo(
+            seer.get("run", ""),
+            "cell",
+            cell.id,
+            cell.state,
+            seer.get("started"),
+            seer.get("seconds"),
+            seer.get("why", ""),
+            output_bytes=seer.get("output_bytes", 0),
+            dropped_bytes=seer.get("dropped_bytes", 0),
+        )
+        if run.state not in UNFINISHED:
+            run.over.set()
+        if run.id:
+            self.runs[run.id] = run
+        return run
+
+    async def interrupt(self, run: str, everything: bool) -> tuple[RunInfo | None, bool, int]:
+        """Stop a run (default: the one that runs now): it, whether it stopped, how many wait."""
+        if run:
+            self.find_run(run)
+        answer = await self._linked().request("interrupt", run=run, everything=everything)
+        if answer["interrupted"] is None:
+            return None, True, answer["waiting"]
+        stopped = self.runs[answer["interrupted"]]
+        for patience in (2.0, INTERRUPT_SECONDS - 2.0):
+            try:
+                async with asyncio.timeout(patience):
+                    await stopped.over.wait()
+                break
+            except TimeoutError:
+                # Once more: a first Ctrl-C can fall between two statements that swallow it.
+                await self._linked().request("interrupt", run=stopped.id)
+        await self._save_quietly()
+        return stopped, stopped.over.is_set(), answer["waiting"]
+
+    async def restart(self) -> None:
+        """A new, empty kernel. Raises KernelStartFailed."""
+        answer = await asyncio.shield(self._own(self._linked().request("restart", timeout=60.0)))
+        await self._save_quietly()
+        if answer["kernel"] != "ready":
+            raise KernelStartFailed(answer["how"], answer["stderr"])
+
+    # -- files --------------------------------------------------------------------------------
+
+    async def read_file(
+        self, path: str, offset: int = 0, limit: int = FILE_PIECE
+    ) -> tuple[bytes, int]:
+        """Bytes of a file in the sandbox, and its size."""
+        answer = await self._linked().request("read_file", path=path, offset=offset, limit=limit)
+        return base64.b64decode(answer["data"]), answer["size"]
+
+    async def write_file(self, path: str, data: bytes, append: bool = False) -> str:
+        """Write a file in the sandbox; its full path there."""
+        answer = await self._linked().request(
+            "write_file", path=path, data=base64.b64encode(data).decode("ascii"), append=append
+        )
+        return answer["path"]
+
+    async def list_files(self, path: str) -> tuple[list[dict[str, Any]], int]:
+        answer = await self._linked().request("list_files", path=path)
+        return answer["entries"], answer["total"]
+
+    async def touch(self) -> None:
+        """Somebody looks: that counts as use."""
+        if self.ended is None and self._link is not None:
+            await self._link.request("touch")
+
+    def check_usable(self, to_run: bool) -> None:
+        """Before a cell is written: raise now what running it would raise."""
+        if to_run:
+            self._linked()
+            if self.kernel_state == "dead":
+                raise KernelDead(self.kernel_how)
+
+    # -- state --------------------------------------------------------------------------------
+
+    async def status(self) -> dict[str, Any]:
+        """What the host says now: kernel, active run, queue, idle time."""
+        return await self._linked().request("status", timeout=5.0)
+
+    def record(self) -> Record:
+        sandbox = self._sandbox.record() if self._sandbox is not None else None
+        return {
+            "handle": self.handle,
+            "name": self.name,
+            "owner": self.owner,
+            "backend": self.backend_name,
+            "notebook": str(self.notebook.path),
+            "created": self.created,
+            "ended": self.ended,
+            "sandbox": sandbox,
+        }
+
+    async def save(self) -> None:
+        """The document on disk now. Raises NotebookNotSaved."""
+        await self.notebook.save()
+
+    async def _save_quietly(self) -> None:
+        """Save; a full disk is kept in notebook.trouble, which every answer shows."""
+        try:
+            await self.notebook.save()
+        except NotebookNotSaved:
+            return
+
+    def _linked(self) -> Link:
+        if self.ended is not None:
+            raise SandboxLost(self.handle, self.ended, str(self.notebook.path))
+        if self._link is None:
+            raise SandboxUnreachable(
+                f"Sandbox {self.handle} is still starting. Try again in a moment."
+            )
+        return self._link

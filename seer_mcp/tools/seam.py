@@ -1,0 +1,117 @@
+"""Where the protocol meets us: strict arguments, our errors as results, who calls, progress."""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from mcp.server.auth.middleware.auth_context import get_access_token
+from mcp.server.mcpserver import Context
+from mcp.server.mcpserver.tools import Tool
+from mcp.types import CallToolResult, ToolAnnotations
+from pydantic import ValidationError
+
+from ..errors import SeerError, show
+from ..render import Answer
+from ..text import printable
+
+LOCAL_OWNER = "local"
+ERROR_CHARACTERS = 8000
+
+Heartbeat = Callable[[str], Awaitable[None]]
+
+
+def owner() -> str:
+    """Who calls: the subject of the token, or the one user of a local server."""
+    token = get_access_token()
+    return LOCAL_OWNER if token is None else (token.subject or token.client_id)
+
+
+def tool(
+    fn: Callable[..., Awaitable[CallToolResult]],
+    title: str,
+    *,
+    read_only: bool = False,
+    destructive: bool = False,
+    idempotent: bool = False,
+    open_world: bool = False,
+    core: bool = False,
+) -> Tool:
+    """A tool with all four annotations; its docstring is what the agent reads."""
+    return Tool.from_function(
+        fn,
+        title=title,
+        description=" ".join((fn.__doc__ or "").split()),
+        annotations=ToolAnnotations(
+            read_only_hint=read_only,
+            destructive_hint=destructive,
+            idempotent_hint=idempotent,
+            open_world_hint=open_world,
+        ),
+        meta={"anthropic/alwaysLoad": True} if core else None,
+        structured_output=False,
+    )
+
+
+def strict(made: Tool) -> Tool:
+    """Refuse unknown arguments, and say so in the schema; drop the schema's idle words."""
+    model = made.fn_metadata.arg_model
+    model.model_config["extra"] = "forbid"
+    model.model_rebuild(force=True)
+    schema = {
+        key: value for key, value in made.parameters.items() if key not in ("title", "description")
+    }
+    schema["properties"] = {
+        name: {k: v for k, v in described.items() if k != "title"}
+        for name, described in made.parameters.get("properties", {}).items()
+    }
+    schema["additionalProperties"] = False
+    made.parameters = schema
+    return made
+
+
+def failure(text: str) -> CallToolResult:
+    """Our "no": one clear text, marked as an error."""
+    clipped = (
+        text if len(text) <= ERROR_CHARACTERS else text[: ERROR_CHARACTERS - 20] + " … (shortened)"
+    )
+    return Answer(printable(clipped), is_error=True).result()
+
+
+def argument_errors(made: Tool, error: ValidationError) -> str:
+    """What is wrong with the arguments, in sentences that name them."""
+    known = list(made.parameters["properties"])
+    sentences: list[str] = []
+    for problem in error.errors()[:6]:
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            sentences.append(f"{made.name} has no parameter {show(name)}.{hint}")
+        elif problem["type"] == "missing":
+            sentences.append(f"{made.name} needs {name}.")
+        else:
+            sentences.append(f"{name} = {show(repr(problem['input']))}: {problem['msg']}.")
+    return f"{' '.join(sentences)} Parameters of {made.name}: {', '.join(known)}."
+
+
+def known_failure(error: BaseException) -> SeerError | None:
+    """The SeerError behind what the SDK made of it, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SeerError):
+            return cause
+        cause = cause.__cause__
+    return None
+
+
+def heartbeat(context: Context[Any, Any]) -> Heartbeat:
+    """Progress with the last line of output in it, for clients that asked for it."""
+    began = time.monotonic()
+
+    async def beat(message: str) -> None:
+        await context.report_progress(time.monotonic() - began, None, printable(message))
+
+    return beat
