@@ -1,1 +1,1 @@
-"""Interpretability techniques for a notebook: plain Python on torch and transformers, one family a module."""
+"""Interpretability techniques for a notebook, on torch and transformers: one family a module."""

@@ -55,7 +55,7 @@ class Intervention:
         return self * -1.0
 
 
-Steer = Intervention | Sequence["Intervention | None | tuple[Intervention, ...]"] | None
+Steer = Intervention | Sequence["Intervention | tuple[Intervention, ...] | None"] | None
 
 
 @dataclass

@@ -48,7 +48,8 @@ class Result:
 
     `tensors` are float or integer CPU tensors and `dims` names the axes of each. `labels` names the
     steps along an axis (layers, tokens). `rows` is the table that a person reads first. `lines` are
-    the sentences of the summary; each effect stands beside its control. `figure` says how to draw it.
+    the sentences of the summary; each effect stands beside its control. `figure` says how to
+    draw it.
     """
 
     title: str
@@ -89,7 +90,7 @@ class Result:
         """What was found, at most 1,500 characters; every effect beside its control."""
         shapes = "; ".join(f"{name} {shape}" for name, shape in self.shapes().items())
         p = self.provenance
-        where = p.model + (f" + {p.adapter}" if p.adapter else "")
+        where = p.model + (f" + {p.adapter}" if p.adapter and p.adapter != p.model else "")
         tail = f"{where}, {p.prompts} prompts, seed {p.seed}, {p.seconds:.2f} s"
         if shapes:
             tail = f"tensors: {_clip(shapes, 400)}\n{tail}"
@@ -110,7 +111,7 @@ class Result:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Writes tensors.safetensors and result.json into `folder`, over what an earlier save left."""
+        """Writes tensors.safetensors and result.json into `folder`; an earlier save is replaced."""
         from safetensors.torch import save_file
 
         folder = Path(folder)

@@ -1,4 +1,4 @@
-"""Where the parts of a transformer are, found from its shapes and its arithmetic, never by its name."""
+"""Where the parts of a transformer are, found from its shapes and arithmetic, not by its name."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """A module's output where it is a tensor (transformers 5), its first item where it is a tuple."""
+    """A module's output where it is a tensor (transformers 5), else its first item."""
     return output if isinstance(output, Tensor) else output[0]
 
 
