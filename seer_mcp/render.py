@@ -52,25 +52,13 @@ def digest(pieces: list[Piece], budget: int, how_to_read_on: str) -> str:
     sentence_room = len(how_to_read_on) + 120
     head_room = (budget - sentence_room) * 6 // 10
     tail_room = budget - sentence_room - head_room
-    head: list[tuple[Piece, str]] = []
-    index = offset = 0
-    for index, piece in enumerate(ready):
-        found = piece.page(0, max(1, head_room)) if head_room > 0 else None
-        if found is None:
-            offset = 0
-            break
-        head.append((piece, found.text))
-        head_room -= len(found.text) + LABEL
-        offset = found.next_offset or 0
-        if found.next_offset is not None:
-            break
-    head_end = (index, offset)
+    head, cut, offset = head_of(ready, head_room)
     tail: list[tuple[Piece, str]] = []
     tail_chars = 0
     for at in range(len(ready) - 1, -1, -1):
         piece = ready[at]
-        begin = max(piece.size - tail_room, 0, offset if at == head_end[0] else 0)
-        if at < head_end[0] or tail_room <= 0:
+        begin = max(piece.size - tail_room, 0, offset if at == cut else 0)
+        if at < cut or tail_room <= 0:
             break
         text = last_of(piece, begin)
         tail.insert(0, (piece, text))
@@ -79,9 +67,24 @@ def digest(pieces: list[Piece], budget: int, how_to_read_on: str) -> str:
         if begin > 0:
             break
     left_out = sum(sizes) - sum(len(text) for _, text in head) - tail_chars
-    cursor = f"{ready[index].index}:{offset}"
+    cursor = f"{ready[cut].index}:{offset}"
     gap = f"… about {max(left_out, 0):,} characters left out; {how_to_read_on.format(cursor=cursor)} …"
     return f"{joined_blocks(head)}\n{gap}\n{joined_blocks(tail)}"
+
+
+def head_of(pieces: list[Piece], room: int) -> tuple[list[tuple[Piece, str]], int, int]:
+    """The beginning of the pieces, and where it ends: in which piece, at which offset."""
+    head: list[tuple[Piece, str]] = []
+    for at, piece in enumerate(pieces):
+        if room <= 0:
+            return head, at, 0
+        found = piece.page(0, room)
+        head.append((piece, found.text))
+        room -= len(found.text) + LABEL
+        if found.next_offset is not None:
+            # A traceback is shown in short: its pages count from its whole text.
+            return head, at, 0 if piece.kind == "error" else found.next_offset
+    return head, len(pieces) - 1, pieces[-1].size
 
 
 LABEL = 12  # characters that a label and a line break may add
@@ -98,12 +101,10 @@ def last_of(piece: Piece, begin: int) -> str:
 
 
 def as_shown(piece: Piece) -> Piece:
-    """The piece with a traceback in short, and without escapes where its text is at hand."""
-    if piece.kind == "error":
-        return Piece(piece.index, piece.kind, tidy_traceback(piece.text, ERROR_BUDGET))
-    if piece.file is None:
-        return Piece(piece.index, piece.kind, strip_ansi(piece.text), images=piece.images)
-    return piece
+    """The piece, a traceback in short."""
+    if piece.kind != "error":
+        return piece
+    return Piece(piece.index, piece.kind, tidy_traceback(piece.text, ERROR_BUDGET))
 
 
 def joined_blocks(blocks: list[tuple[Piece, str]]) -> str:

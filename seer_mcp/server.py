@@ -42,17 +42,21 @@ EXIT_SECONDS = 4.0
 NOTICE_SECONDS = 1.0  # between two update notices of one notebook
 
 INSTRUCTIONS = """\
-seer-mcp investigates language models. It keeps an IPython kernel in a sandbox and records everything in a notebook.
+seer-mcp investigates language models. It keeps an IPython kernel in a sandbox and records all in a notebook.
 
 Begin: start_sandbox(name="my-question") gives a handle; pass it as `sandbox` to every other call.
 1. load_model(sandbox, model="organism:base") or a hub id or folder: a visible cell makes it the variable `m`.
-2. list_techniques() shows what can be imported (tool_packs.*); list_techniques(question="…") searches; name= gives signature, controls and a runnable example.
-3. create_cell(sandbox, source) writes a cell and runs it; the answer holds its id and output. Plots come back as images.
-4. A call waits 45 s at most. A longer cell answers "running": it goes on by itself; read_outputs(sandbox, cell) waits for the rest. interrupt stops it.
+2. list_techniques() shows what can be imported (tool_packs.*); question="…" searches; name= gives signature,
+   controls and a runnable example.
+3. create_cell(sandbox, source) writes a cell and runs it; the answer has its id and output. Plots are images.
+4. A call waits 45 s at most. A longer cell answers "running": it goes on by itself; read_outputs(sandbox, cell)
+   waits for the rest, interrupt stops it.
 5. Change a cell with edit_cell(run=true) rather than writing it again; write markdown cells for what you find.
 
-Work like a scientist: behaviour first, then internals; every effect next to its control (random direction of equal norm, control adapter); state numbers, and what would have shown you wrong.
-Variables live in the kernel until restart_kernel; the notebook stays on disk when the sandbox is gone. list_sandboxes gives lost handles back. stop_sandbox when you are done.
+Work like a scientist: behaviour first, then internals; every effect next to its control (random direction of equal
+norm, control adapter); state numbers, and what would have shown you wrong.
+Variables live in the kernel until restart_kernel; the notebook stays on disk when the sandbox is gone.
+list_sandboxes gives lost handles back. stop_sandbox when you are done.
 """
 
 

@@ -228,7 +228,8 @@ class Register:
         held = any(s.notebook.path == path and s.ended is None for s in self._sessions.values())
         if held or not lock.take():
             raise Conflict(
-                f"The notebook {path} is open in another sandbox. Use that one (list_sandboxes), or open a copy with fork=true."
+                f"The notebook {path} is open in another sandbox. Use that one (list_sandboxes), "
+                "or open a copy with fork=true."
             )
         return lock
 
@@ -270,9 +271,8 @@ class Register:
             folders = sorted((self.config.state_dir / "sandboxes").iterdir())
             ours = self._sessions.keys() | self._starting
             new = [f for f in folders if f.name not in ours and (f / "record.json").exists()]
-            for outcome in await asyncio.gather(*(self._adopt(folder) for folder in new)):
-                if outcome:
-                    notes.append(outcome)
+            outcomes = await asyncio.gather(*(self._adopt(folder) for folder in new))
+            notes.extend(outcome for outcome in outcomes if outcome)
         return notes
 
     async def _adopt(self, folder: Path) -> str | None:

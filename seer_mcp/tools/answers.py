@@ -61,7 +61,8 @@ def headline(session: Session, run: RunInfo, waited: float) -> str:
         "interrupted": f"{what}: interrupted after {seconds(run.seconds)}{why}",
         "kernel_died": (
             f"{what}: the kernel died{why}; its variables are gone. What it printed before is kept. "
-            f"Next: {call('restart_kernel', sandbox=handle)} starts a new, empty kernel; then run the cells you need again."
+            f"Next: {call('restart_kernel', sandbox=handle)} starts a new, empty kernel; then run the "
+            "cells you need again."
         ),
         "sandbox_lost": (
             f"{what}: the sandbox was lost{why}; its variables are gone, the notebook is kept. "
@@ -79,7 +80,8 @@ def notes(session: Session, run: RunInfo | None = None) -> str:
     lines: list[str] = []
     if session.notebook.trouble:
         lines.append(
-            f"NOT SAVED: {session.notebook.path}: {session.notebook.trouble}. The file is the last whole version; outputs "
+            f"NOT SAVED: {session.notebook.path}: {session.notebook.trouble}. The file is the last whole "
+            "version; outputs "
             "are kept in the sandbox. Free the space: the next save will be complete."
         )
     if session.lost_bytes:
@@ -88,7 +90,8 @@ def notes(session: Session, run: RunInfo | None = None) -> str:
         )
     if run and run.dropped_bytes:
         lines.append(
-            f"TRUNCATED: this run put out {run.output_bytes:,} bytes; the last {run.dropped_bytes:,} are over the cap and not kept."
+            f"TRUNCATED: this run put out {run.output_bytes:,} bytes; the last {run.dropped_bytes:,} are "
+            "over the cap and not kept."
         )
     return "".join(f"\n{line}" for line in lines)
 
@@ -110,11 +113,13 @@ async def of_run(
     head = headline(session, run, waited)
     late = session.notebook.cell(run.subject).seer.get("late") if run.kind == "cell" else None
     if late:
-        head += f"\nIncludes {late} piece{'s' if late > 1 else ''} of output that arrived after the cell had ended (late)."
+        pieces_word = "piece" if late == 1 else "pieces"
+        head += f"\nIncludes {late} {pieces_word} of output that arrived late, after the cell had ended."
     body = digest(pieces, budget - len(head), how)
     found = images_of(pieces)
     if len(found) > IMAGES:
-        head += f"\n{len(found)} images; the last {IMAGES} are shown, read_outputs(…, image=1…{len(found)}) shows any one."
+        head += f"\n{len(found)} images, the last {IMAGES} of them below; "
+        head += f"read_outputs with image=1 to {len(found)} shows any."
     made = await asyncio.to_thread(lambda: [scaled(mime, data) for mime, data in found[-IMAGES:]])
     lines = [head + notes(session, run), body, *(m for m in made if isinstance(m, str))]
     if run.state == "complete" and not body and not found:
