@@ -105,20 +105,20 @@ class _Line:
     def _put(self, text: str) -> None:
         if not text or self._cells is None:
             return
-        gap = 4 * self._cursor - len(self._cells)
-        if gap > 0:
-            self._cells += b" \0\0\0" * (gap // 4)
         start, self._cursor = self._cursor, self._cursor + len(text)
         self._cells[4 * start : 4 * self._cursor] = text.encode("utf-32-le", "surrogatepass")
 
     def _erase(self, escape: str) -> None:
         """Obey "erase to the end of the line" and "erase the line"; pass over all else."""
+        # A terminal leaves the cursor where it is in an erased line. Everyone sends \r with it, and
+        # blanks up to the cursor would cost its column each time: so start anew.
         if self._cells is None:
             return
         if escape in ("\x1b[K", "\x1b[0K"):
             del self._cells[4 * self._cursor :]
         elif escape == "\x1b[2K":
             self._cells.clear()
+            self._cursor = 0
 
 
 class Screen:

@@ -63,6 +63,7 @@ def fold_by_hand(text: str) -> str:
         ("  0%|    |\r 50%|##  |\r100%|####|\ndone\n", "100%|####|\ndone\n"),
         ("Downloading\r\x1b[KDone", "Done"),
         ("Downloading\x1b[2K\rDone", "Done"),
+        ("abc\b\x1b[2KX", "X"),
         ("ab\x1b[2KX", "ab\x1b[2KX"),  # nothing was overwritten: as it came
         ("\x1b[31mred\x1b[0m\r\n", "\x1b[31mred\x1b[0m\n"),
         ("\x1b[31mred\x1b[0m\rbl", "bld"),
@@ -132,8 +133,10 @@ def test_a_carriage_return_at_the_end_of_a_chunk_waits_for_what_follows():
         ["\x1b]" + "x" * 5_000_000 + "\b" + "x" * 5_000_000],
         ["a\r\x1b[31m" * 10, *["\x1b]8;;" + "x" * 16] * 50_000],
         ["line\r\n" * 1_000_000],
+        ["x" * 5_000_000 + "\b", *["\x1b[2KX"] * 50_000],
+        ["x" * 5_000_000 + "\b", *["\b\x1b[KXX"] * 50_000],
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_time_is_linear_whatever_the_output(chunks: list[str]):
     screen = Screen()
