@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import secrets
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any, Literal
 
 from .errors import BadInput, NotebookNotSaved, NotebookUnreadable, NotFound
 from .files import write_atomic
+from .ipynb import as_lines, new_id, read_notebook, storable
+from .merge import merge
 from .outputs import Event, Outputs, joined
 
 SAVES_PER_SECOND = 3
@@ -102,42 +103,6 @@ class Cell:
         return self._text
 
 
-def as_lines(cell: dict[str, Any]) -> dict[str, Any]:
-    """The cell with its texts as lists of lines, as nbformat stores them."""
-    shaped = {
-        **cell,
-        "source": cell["source"].splitlines(True)
-        if isinstance(cell["source"], str)
-        else cell["source"],
-    }
-    if "outputs" in cell:
-        shaped["outputs"] = [_output_lines(output) for output in cell["outputs"]]
-    return shaped
-
-
-def _output_lines(output: dict[str, Any]) -> dict[str, Any]:
-    if output["output_type"] == "stream":
-        return {
-            **output,
-            "text": output["text"].splitlines(True)
-            if isinstance(output["text"], str)
-            else output["text"],
-        }
-    if "data" in output:
-        data = {
-            mime: value.splitlines(True)
-            if isinstance(value, str) and mime.startswith(("text/", "image/svg"))
-            else value
-            for mime, value in output["data"].items()
-        }
-        return {**output, "data": data}
-    return output
-
-
-def new_id() -> str:
-    return secrets.token_hex(4)
-
-
 class Notebook:
     """Owns the file at `path`. Every change goes through here."""
 
@@ -159,7 +124,13 @@ class Notebook:
         """Number of the last event of the sandbox's journal that is in this document."""
         self.trouble: str | None = None
         """Why the last save failed, or None."""
+        self.notices: list[str] = []
+        """What the client must hear about changes from outside."""
+        self._stamp: tuple[int, int, int] | None = stamp(path)
+        self._base = self._sources()
         self._dirty = asyncio.Event()
+        self._writable = asyncio.Event()
+        self._writable.set()
         self._saving = asyncio.Lock()
         self._version = 0
         self._saved_version = -1
@@ -308,6 +279,14 @@ class Notebook:
 
     # -- the file -----------------------------------------------------------------------------
 
+    def hold(self) -> None:
+        """Write nothing until `unhold`."""
+        self._writable.clear()
+
+    def unhold(self) -> None:
+        self._writable.set()
+        self.changed()
+
     def changed(self) -> None:
         self._version += 1
         self._dirty.set()
@@ -324,11 +303,69 @@ class Notebook:
         cells = f"[\n  {body}\n ]" if body else "[]"
         return f'{{\n "cells": {cells},\n "metadata": {rest},\n "nbformat": 4,\n "nbformat_minor": 5\n}}\n'
 
+    def refresh(self) -> None:
+        """Take over what somebody saved into the file meanwhile, cell by cell."""
+        now = stamp(self.path)
+        if now == self._stamp or now is None or self._saving.locked():
+            return
+        self._stamp = now
+        try:
+            cells, _ = read_notebook(self.path)
+        except NotebookUnreadable as error:
+            aside = self._aside()
+            self.notices.append(
+                f"{self.path.name} was changed from outside into something that is not a notebook; that version "
+                f"is kept as {aside.name} ({error})"
+            )
+            self.changed()
+            return
+        self._merge(cells)
+
+    def _aside(self) -> Path:
+        """A copy of the file as it is now, under a free name."""
+        number = 1
+        while (path := self.path.with_name(f"{self.path.stem}.conflict-{number}.ipynb")).exists():
+            number += 1
+        path.write_bytes(self.path.read_bytes())
+        return path
+
+    def _merge(self, cells: list[dict[str, Any]]) -> None:
+        theirs = {cell["id"]: cell for cell in cells}
+        busy = {cell.id for cell in self.cells if cell.state in UNFINISHED}
+        ours = {cell.id: cell for cell in self.cells}
+        sources = {id: cell["source"] for id, cell in theirs.items()}
+        found = merge(self._base, self._sources(), sources, busy)
+        for id, source in found.sources.items():
+            self.rewrite(ours[id], source)
+        for id in found.deleted:
+            self.delete(ours[id])
+        self.cells = [
+            Cell(theirs[id], self) if id in found.theirs else ours[id] for id in found.order
+        ]
+        for id, source in found.conflicts.items():
+            copy = self.insert(ours[id].kind, source, after=id)
+            self.notices.append(
+                f"cell {id} was changed here and from outside: this version stays, the other one is cell {copy.id}"
+            )
+        told = (
+            (len(found.sources), "changed"),
+            (len(found.theirs), "added"),
+            (len(found.deleted), "deleted"),
+        )
+        if counts := ", ".join(f"{n} {what}" for n, what in told if n):
+            self.notices.append(f"cells changed from outside: {counts}")
+        self._base = sources
+        self.changed()
+
+    def _sources(self) -> dict[str, str]:
+        return {cell.id: cell.source for cell in self.cells}
+
     async def save(self) -> None:
         """Write what changed; when this returns, it is on disk. Raises NotebookNotSaved."""
         wanted = self._version
+        self.refresh()
         async with self._saving:
-            if self._saved_version >= wanted:
+            if self._saved_version >= wanted or not self._writable.is_set():
                 return
             began = time.monotonic()
             version = self._version
@@ -347,11 +384,13 @@ class Notebook:
                 self._last_save = time.monotonic()
                 self._save_seconds = self._last_save - began
             self._saved_version = version
+            self._stamp, self._base = stamp(self.path), self._sources()
             self.trouble = None
 
     async def keep_saved(self) -> None:
         """Save whatever changes, about three times a second at most; runs until cancelled."""
         while True:
+            await self._writable.wait()
             await self._dirty.wait()
             pause = max(1 / SAVES_PER_SECOND, 10 * self._save_seconds, 2.0 if self.trouble else 0.0)
             await asyncio.sleep(max(0.0, self._last_save + pause - time.monotonic()))
@@ -361,84 +400,10 @@ class Notebook:
                 continue  # kept in `trouble`, which every answer shows
 
 
-def storable(source: str) -> str:
-    """Source text as UTF-8 can hold it."""
-    return source.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def read_notebook(
-    path: Path, *, as_copy: bool = False
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Cells and metadata of a notebook file.
-
-    Raises NotebookUnreadable for anything that could not be opened without losing something. A
-    copy may be converted from an older format; in place, only what nbformat 4 can hold is opened.
-    """
-    import nbformat
-    from nbformat.validator import NotebookValidationError
-
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What tells that a file was written again, or None if there is none."""
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise NotebookUnreadable(str(path), error.strerror or str(error)) from error
-    if not raw.strip():
-        raise NotebookUnreadable(str(path), "the file is empty")
-    try:
-        data = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise NotebookUnreadable(
-            str(path), f"it is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise NotebookUnreadable(
-            str(path), f"it is not JSON ({error}); perhaps it was cut off"
-        ) from error
-    if not isinstance(data, dict) or not isinstance(data.get("nbformat"), int):
-        raise NotebookUnreadable(str(path), "it is JSON but not a notebook (no nbformat number)")
-    if data["nbformat"] < 4:
-        if not as_copy:
-            raise NotebookUnreadable(
-                str(path),
-                f"it has the old format {data['nbformat']}; open it with fork=true, which converts a copy",
-            )
-    elif data["nbformat"] > 4:
-        raise NotebookUnreadable(
-            str(path), f"format {data['nbformat']} is newer than this server knows"
-        )
-    try:
-        if data["nbformat"] < 4:
-            data = json.loads(json.dumps(nbformat.convert(nbformat.from_dict(data), 4)))
-        for cell in data["cells"]:
-            if data.get("nbformat_minor", 0) < 5:
-                cell.setdefault("id", new_id())
-        data["nbformat_minor"] = max(5, data.get("nbformat_minor", 0))
-        _unique_ids(path, data["cells"], as_copy)
-        nbformat.validate(data)
-    except NotebookValidationError as error:
-        raise NotebookUnreadable(
-            str(path), f"it is not a valid notebook: {str(error).splitlines()[0]}"
-        ) from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise NotebookUnreadable(str(path), f"it is not a valid notebook: {error!r}") from error
-    for cell in data["cells"]:
-        cell["source"] = joined(cell["source"])
-        for output in cell.get("outputs", []):
-            if output["output_type"] == "stream":
-                output["text"] = joined(output["text"])
-            for mime, value in output.get("data", {}).items():
-                if isinstance(value, list) and not mime.endswith("json"):
-                    output["data"][mime] = joined(value)
-    return data["cells"], data["metadata"]
-
-
-def _unique_ids(path: Path, cells: list[dict[str, Any]], as_copy: bool) -> None:
-    seen: set[str] = set()
-    for cell in cells:
-        if cell["id"] in seen:
-            if not as_copy:
-                raise NotebookUnreadable(
-                    str(path),
-                    f"the cell id {cell['id']!r} occurs twice; open it with fork=true, which mends a copy",
-                )
-            cell["id"] = new_id()
-        seen.add(cell["id"])
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

@@ -22,9 +22,10 @@ FLOORS = [
     ["sessions"],
     ["backends"],
     ["notebook", "kernel", "packs", "environment", "config"],
+    ["ipynb"],
     ["render"],
     ["outputs"],
-    ["errors", "files", "text", "kernel_host"],
+    ["errors", "files", "text", "merge", "kernel_host"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 KNOW_MCP = {"tools", "server", "http", "render", "cli", "demo"}

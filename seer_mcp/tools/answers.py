@@ -84,6 +84,8 @@ def notes(session: Session, run: RunInfo | None = None) -> str:
             "version; outputs "
             "are kept in the sandbox. Free the space: the next save will be complete."
         )
+    told, session.notebook.notices[:] = list(session.notebook.notices), []
+    lines += [f"NOTE: {notice}" for notice in told]
     if session.lost_bytes:
         lines.append(
             f"OUTPUT LOST: the sandbox's disk was full; {session.lost_bytes:,} bytes of output could not be kept."

@@ -1,0 +1,130 @@
+"""The .ipynb format: what a file must be to be opened, and how a cell is written."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+from .errors import NotebookUnreadable
+from .outputs import joined
+
+
+def as_lines(cell: dict[str, Any]) -> dict[str, Any]:
+    """The cell with its texts as lists of lines, as nbformat stores them."""
+    shaped = {
+        **cell,
+        "source": cell["source"].splitlines(True)
+        if isinstance(cell["source"], str)
+        else cell["source"],
+    }
+    if "outputs" in cell:
+        shaped["outputs"] = [_output_lines(output) for output in cell["outputs"]]
+    return shaped
+
+
+def _output_lines(output: dict[str, Any]) -> dict[str, Any]:
+    if output["output_type"] == "stream":
+        return {
+            **output,
+            "text": output["text"].splitlines(True)
+            if isinstance(output["text"], str)
+            else output["text"],
+        }
+    if "data" in output:
+        data = {
+            mime: value.splitlines(True)
+            if isinstance(value, str) and mime.startswith(("text/", "image/svg"))
+            else value
+            for mime, value in output["data"].items()
+        }
+        return {**output, "data": data}
+    return output
+
+
+def new_id() -> str:
+    return secrets.token_hex(4)
+
+
+def storable(source: str) -> str:
+    """Source text as UTF-8 can hold it."""
+    return source.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def read_notebook(
+    path: Path, *, as_copy: bool = False
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Cells and metadata of a notebook file.
+
+    Raises NotebookUnreadable for anything that could not be opened without losing something. A
+    copy may be converted from an older format; in place, only what nbformat 4 can hold is opened.
+    """
+    import nbformat
+    from nbformat.validator import NotebookValidationError
+
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise NotebookUnreadable(str(path), error.strerror or str(error)) from error
+    if not raw.strip():
+        raise NotebookUnreadable(str(path), "the file is empty")
+    try:
+        data = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise NotebookUnreadable(
+            str(path), f"it is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise NotebookUnreadable(
+            str(path), f"it is not JSON ({error}); perhaps it was cut off"
+        ) from error
+    if not isinstance(data, dict) or not isinstance(data.get("nbformat"), int):
+        raise NotebookUnreadable(str(path), "it is JSON but not a notebook (no nbformat number)")
+    if data["nbformat"] < 4:
+        if not as_copy:
+            raise NotebookUnreadable(
+                str(path),
+                f"it has the old format {data['nbformat']}; open it with fork=true, which converts a copy",
+            )
+    elif data["nbformat"] > 4:
+        raise NotebookUnreadable(
+            str(path), f"format {data['nbformat']} is newer than this server knows"
+        )
+    try:
+        if data["nbformat"] < 4:
+            data = json.loads(json.dumps(nbformat.convert(nbformat.from_dict(data), 4)))
+        for cell in data["cells"]:
+            if data.get("nbformat_minor", 0) < 5:
+                cell.setdefault("id", new_id())
+        data["nbformat_minor"] = max(5, data.get("nbformat_minor", 0))
+        _unique_ids(path, data["cells"], as_copy)
+        nbformat.validate(data)
+    except NotebookValidationError as error:
+        raise NotebookUnreadable(
+            str(path), f"it is not a valid notebook: {str(error).splitlines()[0]}"
+        ) from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise NotebookUnreadable(str(path), f"it is not a valid notebook: {error!r}") from error
+    for cell in data["cells"]:
+        cell["source"] = joined(cell["source"])
+        for output in cell.get("outputs", []):
+            if output["output_type"] == "stream":
+                output["text"] = joined(output["text"])
+            for mime, value in output.get("data", {}).items():
+                if isinstance(value, list) and not mime.endswith("json"):
+                    output["data"][mime] = joined(value)
+    return data["cells"], data["metadata"]
+
+
+def _unique_ids(path: Path, cells: list[dict[str, Any]], as_copy: bool) -> None:
+    seen: set[str] = set()
+    for cell in cells:
+        if cell["id"] in seen:
+            if not as_copy:
+                raise NotebookUnreadable(
+                    str(path),
+                    f"the cell id {cell['id']!r} occurs twice; open it with fork=true, which mends a copy",
+                )
+            cell["id"] = new_id()
+        seen.add(cell["id"])
