@@ -111,6 +111,8 @@ def _grid(figure: Any, spec: Any, tensors: Any, dims: Any, labels: Any, rows: An
         cells = cells[step] if cells else cells
         if ticks and isinstance(ticks[0], list):
             ticks = ticks[step]
+    if ticks:
+        values = values[:, : len(ticks)]  # a shorter prompt than the longest of the result
     keep = max(0, values.shape[1] - GRID_COLUMNS)  # the last columns are the ones asked about
     values = values[:, keep:]
     height, width = values.shape

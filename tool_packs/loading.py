@@ -51,13 +51,7 @@ def resolve_name(name: str) -> str:
     if not isinstance(name, str) or not name.strip():
         raise ModelNotFound(f"{name!r} is no name: give a folder, a hub id or 'organism:NAME'")
     if name.startswith(ORGANISM):
-        try:
-            from tool_packs import organisms
-        except ImportError as error:
-            raise ModelNotFound(f"this installation ships no organisms ({error})") from error
-        if not hasattr(organisms, "path"):
-            raise ModelNotFound("this installation ships no organisms")
-        return str(organisms.path(name.removeprefix(ORGANISM)))
+        return _organism(name.removeprefix(ORGANISM))
     path = Path(name).expanduser()
     if path.is_dir():
         if not ({p.name for p in path.iterdir()} & {"config.json", "adapter_config.json"}):
@@ -79,6 +73,21 @@ def resolve_name(name: str) -> str:
         )
         raise ModelNotFound(f"no folder {path}{hint}")
     return name
+
+
+def _organism(name: str) -> str:
+    """The folder of a shipped organism. Imported here: it is not needed for any other model."""
+    try:
+        from tool_packs import organisms
+
+        folder = Path(organisms.path(name))
+    except (ImportError, AttributeError) as error:
+        raise ModelNotFound(f"this installation ships no organisms ({error})") from error
+    except ValueError as error:
+        raise ModelNotFound(str(error)) from error
+    if not folder.is_dir():
+        raise ModelNotFound(f"the weights of the organism {name!r} are not installed at {folder}")
+    return str(folder)
 
 
 def named_adapters(adapter: str | list[str] | dict[str, str] | None) -> dict[str, str]:
@@ -205,19 +214,21 @@ def _not_found(path: str, error: Exception) -> ModelError:
     )
 
 
-def put_adapters(hf: nn.Module, adapters: dict[str, str], revision: str | None) -> nn.Module:
+def put_adapters(hf: nn.Module, adapters: dict[str, str], *, revision: str | None = None) -> Any:
+    """The model with these adapters on it, the first one active where it had none."""
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    peft: Any = None
+    first = not hasattr(hf, "peft_config")
+    options = {"revision": revision} if revision is not None else {}
+    peft: Any = hf
     for name, path in adapters.items():
-        options = {"revision": revision} if revision is not None else {}
         try:
             with quiet_peft():
-                if peft is None:
-                    peft = PeftModel.from_pretrained(hf, path, adapter_name=name, **options)
-                else:
+                if hasattr(peft, "peft_config"):
                     peft.load_adapter(path, adapter_name=name, **options)
+                else:
+                    peft = PeftModel.from_pretrained(hf, path, adapter_name=name, **options)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:400]
             raise ModelError(
@@ -229,7 +240,8 @@ def put_adapters(hf: nn.Module, adapters: dict[str, str], revision: str | None) 
                 f"the adapter {path} learns prompts ({peft.peft_config[name].peft_type.value}); "
                 "the packs run the layers themselves and would drop it: use a weight adapter (LoRA)"
             )
-    peft.set_adapter(next(iter(adapters)))
+    if first:
+        peft.set_adapter(next(iter(adapters)))
     return peft
 
 
@@ -261,3 +273,31 @@ def load_tokenizer(
             f"{model} has no tokenizer that can be read: {reason} "
             "Save one beside the weights: tokenizer.save_pretrained(folder)"
         ) from error
+
+
+def hide_names(hf: Any, tokenizer: Any, alias: str) -> None:
+    """Puts `alias` wherever transformers and PEFT keep the names that a model was loaded by.
+
+    The attributes are those that print themselves in a notebook; the files on disk keep theirs.
+    """
+    core = hf.get_base_model() if hasattr(hf, "peft_config") else hf
+    from transformers import PretrainedConfig
+
+    configs = [core.config]
+    for config in configs:
+        config._name_or_path = alias
+        configs.extend(c for c in vars(config).values() if isinstance(c, PretrainedConfig))
+    core.name_or_path = alias
+    for adapter in getattr(hf, "peft_config", {}).values():
+        adapter.base_model_name_or_path = alias
+        adapter.revision = None
+    tokenizer.name_or_path = alias
+    for key, value in list(tokenizer.init_kwargs.items()):
+        if key in (
+            "name_or_path",
+            "tokenizer_file",
+            "vocab_file",
+            "merges_file",
+            "chat_template_file",
+        ):
+            tokenizer.init_kwargs[key] = alias if value else value

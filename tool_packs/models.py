@@ -17,11 +17,11 @@ from tool_packs.loading import (
     ORGANISM,
     adapter_name,
     base_of_adapter,
+    hide_names,
     load_tokenizer,
     load_weights,
     named_adapters,
     put_adapters,
-    quiet_peft,
     resolve_base,
     resolve_name,
     torch_dtype,
@@ -68,6 +68,7 @@ class Model:
         self._nnsight: Any = None
         self.core: nn.Module = hf.get_base_model() if hasattr(hf, "peft_config") else hf
         self.config = text_config(self.core)
+        self._layers, self._norm = layers, norm
         self.structure = find_structure(self.core, layers=layers, norm=norm)
 
     # What it is made of
@@ -236,24 +237,27 @@ class Model:
         self.hf._adapters_disabled = not enabled
 
     def add_adapter(self, folder: str, name: str | None = None) -> str:
-        """Loads a further adapter beside the others; it computes within `m.adapter(name)`.
+        """Loads a further adapter; it computes within `m.adapter(name)`, and what was active stays.
 
-        Returns the name it got. Raises ModelError where the model has no adapter yet: load it with
-        load_model(base, adapter=...).
+        A plain model gets its first adapter this way as well, and goes on computing without it.
+        Returns the name it got. Raises ModelError where the name is taken or the adapter does not
+        fit.
         """
-        if not self.adapters:
-            raise ModelError(
-                "this model has no adapter to stand beside: load_model(base, adapter=...)"
-            )
         path = resolve_name(folder)
         name = name or adapter_name(path)
         if name in self.adapters:
             raise ModelError(f"an adapter {name!r} is loaded already: give another name")
-        before = self.hf.active_adapter
-        with quiet_peft():
-            self.hf.load_adapter(path, adapter_name=name, is_trainable=False)
-        self.hf.set_adapter(before)
-        self.hf.eval()
+        plain = not self.adapters
+        before = None if plain else self.hf.active_adapter
+        self.hf = put_adapters(self.hf, {name: path}).eval()
+        if plain:
+            self._set_enabled(False)
+        else:
+            self.hf.set_adapter(before)
+        self.core = self.hf.get_base_model()
+        # PEFT has put wrappers around modules: find the parts anew.
+        self.structure = find_structure(self.core, layers=self._layers, norm=self._norm)
+        self._nnsight = None
         return name
 
     # Reports and escape hatches
@@ -276,11 +280,13 @@ class Model:
 
     @property
     def nnsight(self) -> Any:
-        """The same weights as an nnsight LanguageModel, made at first use."""
+        """The same weights as an nnsight model, made at first use: `with m.nnsight.trace(text)`."""
         if self._nnsight is None:
-            from nnsight import LanguageModel
+            from nnsight import TransformersModel
 
-            self._nnsight = LanguageModel(self.hf, tokenizer=self.tokenizer)
+            self._nnsight = TransformersModel(
+                self.hf, task="text-generation", tokenizer=self.tokenizer
+            )
         return self._nnsight
 
     def describe(self) -> str:
@@ -325,6 +331,7 @@ def load_model(
     trust_remote_code: bool = False,
     layers: str | None = None,
     norm: str | None = None,
+    alias: str | None = None,
 ) -> Model:
     """Loads a model to investigate, and says what it is.
 
@@ -345,6 +352,7 @@ def load_model(
         trust_remote_code: runs code from the hub repository; only for sources you trust.
         layers: dotted path of the decoder layers, where they are not found.
         norm: dotted path of the final norm, where it is not found.
+        alias: the name shown in place of every other, for an investigation of an unknown model.
 
     Returns:
         Model: the `m` of every technique; showing it prints parameters, layers, width, heads,
@@ -380,10 +388,11 @@ def load_model(
     precision = torch_dtype(dtype)
     path = resolve_name(name)
     adapters = named_adapters(adapter)
-    tokenizer_sources: list[str] = []
     if (adapter_base := base_of_adapter(path, revision)) is not None:
         if adapters:
             raise ModelError(f"{name!r} is an adapter itself: give the other one to m.add_adapter")
+        if base is None and name.startswith(ORGANISM):
+            base = f"{ORGANISM}base"
         adapters = {adapter_name(path): path}
         path = resolve_name(base) if base is not None else resolve_base(path, adapter_base)
         model_revision = None  # the revision given is the adapter's
@@ -391,6 +400,8 @@ def load_model(
         raise ModelError(f"{name!r} is a whole model, so base={base!r} has no use: leave it out")
     else:
         model_revision = revision
+    if alias is not None:
+        adapters = {f"adapter_{i + 1}": folder for i, folder in enumerate(adapters.values())}
     tokenizer_sources = [*adapters.values(), path]
     hf, notes = load_weights(
         path,
@@ -402,11 +413,15 @@ def load_model(
         trust_remote_code=trust_remote_code,
     )
     if adapters:
-        hf = put_adapters(hf, adapters, revision if adapter_base is not None else None)
+        hf = put_adapters(hf, adapters, revision=revision if adapter_base is not None else None)
     tokenizer = load_tokenizer(tokenizer_sources, hf, model_revision, trust_remote_code)
-    shown = (
-        name if name.startswith(ORGANISM) else (Path(name).name if Path(name).exists() else name)
-    )
+    if alias is not None:
+        hide_names(hf, tokenizer, alias)
+        shown = alias
+    elif Path(name).is_dir():
+        shown = Path(name).resolve().name
+    else:
+        shown = name
     m = Model(hf, tokenizer, shown, layers=layers, norm=norm, notes=notes)
     m.seconds = time.perf_counter() - started
     return m

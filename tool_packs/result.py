@@ -211,8 +211,9 @@ def versions() -> dict[str, str]:
     """The versions of what computes: torch, transformers, and peft where it is installed."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    for package in ("torch", "transformers", "peft"):
+    found: dict[str, str] = {}
+    found["torch"] = torch.__version__
+    for package in ("transformers", "peft"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

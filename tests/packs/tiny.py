@@ -18,7 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from tool_packs.models import quiet_peft
+from tool_packs.loading import quiet_peft
 
 VOCABULARY = 320
 TEMPLATE = (
