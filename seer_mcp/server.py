@@ -105,7 +105,7 @@ def notebook_uri(session: Session) -> str:
 
 def build_server(
     config: Config, *, token_verifier: TokenVerifier | None = None, auth: AuthSettings | None = None
-) -> MCPServer[None]:
+) -> SeerServer:
     """The whole server for one Config; runs over stdio, HTTP, or in memory."""
     packs = Packs([BUILTIN_PACKS, *config.packs])
     register = Register(config, packs)
@@ -222,10 +222,13 @@ async def serve_stdio(config: Config) -> None:
             ) as signals:
                 async for _ in signals:
                     group.cancel_scope.cancel()
-                    return
+                    # The thread that reads stdin cannot be cancelled, so the group may never end.
+                    # What has to be written is written once the register is closed.
+                    with anyio.CancelScope(shield=True), anyio.move_on_after(EXIT_SECONDS):
+                        await server.register.closed.wait()
+                    os._exit(0)
 
         group.start_soon(until_told)
         await server.run_stdio_async()
         group.cancel_scope.cancel()
-    # The reader thread of stdin cannot be cancelled: what had to be written is written.
     os._exit(0)

@@ -106,9 +106,9 @@ class LocalBackend:
             raise BadInput(
                 "python", python, "no such program; give the path of a Python interpreter"
             )
+        self._check_room(place.runtime_dir)
         folder = private_dir(place.state_dir)
         runtime = private_dir(place.runtime_dir)
-        self._check_room(runtime)
         hosted = folder / "host" / "kernel_host"
         shutil.copytree(
             Path(kernel_host.__file__).parent,
@@ -142,16 +142,20 @@ class LocalBackend:
         write_json(folder / "host.json", config)
         report("starting the kernel host")
         with open(folder / "host.log", "ab") as log:
-            child = await asyncio.to_thread(
-                subprocess.Popen,
-                [python, "-m", "kernel_host", str(folder / "host.json")],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=folder,
-                env={**base, "PYTHONPATH": str(hosted.parent), "PYTHONDONTWRITEBYTECODE": "1"},
-                start_new_session=True,
-            )
+            try:
+                # A few milliseconds. From a thread it would be left running when this is cancelled.
+                child = subprocess.Popen(  # noqa: ASYNC220
+                    [python, "-m", "kernel_host", str(folder / "host.json")],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    cwd=folder,
+                    env={**base, "PYTHONPATH": str(hosted.parent), "PYTHONDONTWRITEBYTECODE": "1"},
+                    start_new_session=True,
+                )
+            except OSError as error:
+                shutil.rmtree(runtime, ignore_errors=True)
+                raise SandboxStartFailed(f"{python} could not be started: {error}") from error
         started = time.time()
         try:
             started = psutil.Process(child.pid).create_time()

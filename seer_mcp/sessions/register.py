@@ -11,24 +11,27 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..backends import Backend, Place, Progress, open_backend
 from ..config import Config
 from ..environment import SandboxSpec
 from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, SeerError, show
 from ..files import Lock, checked_name, private_dir, resolve_inside, write_json
-from ..notebook import Notebook, read_notebook
+from ..ipynb import read_notebook
+from ..notebook import Notebook
 from ..packs import Packs
 from .session import Session
 
 FORGET_SECONDS = 7 * 86400.0
 READY_SECONDS = 40.0
+T = TypeVar("T")
 ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
 
 
@@ -43,6 +46,9 @@ class Register:
         self._backends: dict[str, Backend] = {}
         self._scanning = asyncio.Lock()
         self._first_scan: asyncio.Task[None] | None = None
+        self._elsewhere: dict[str, str] = {}  # handles that another server holds -> owner
+        self._work: set[asyncio.Task[Any]] = set()
+        self.closed = asyncio.Event()
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -55,13 +61,15 @@ class Register:
 
     async def close(self) -> None:
         """Let go of every sandbox, or end them, as configured."""
-        if self._first_scan is not None:
-            await asyncio.wait([self._first_scan], timeout=2.0)
+        busy = {*self._work, *([self._first_scan] if self._first_scan else [])}
+        if busy:
+            await asyncio.wait(busy, timeout=2.0)
         live = [s for s in self._sessions.values() if s.ended is None]
         if self.config.on_exit == "stop":
             await asyncio.gather(*(s.terminate("the server ended") for s in live))
         else:
             await asyncio.gather(*(s.let_go() for s in live))
+        self.closed.set()
 
     def backend(self, name: str) -> Backend:
         if name not in self._backends:
@@ -73,7 +81,7 @@ class Register:
     async def start(
         self, owner: str, name: str, spec: SandboxSpec, notebook: str, fork: bool, report: Progress
     ) -> Session:
-        """A sandbox with a kernel that is ready. Whatever fails, nothing is left running."""
+        """A sandbox with a kernel that is ready. Whatever fails, or if the caller goes, nothing is left."""
         backend = self.backend(spec.backend)
         await self.all_found()
         live = [s for s in self._sessions.values() if s.ended is None]
@@ -84,10 +92,20 @@ class Register:
         source = self._existing(notebook) if notebook else None
         name = self._free_name(owner, name, source)
         self._names.add((owner, name))
+        # A call that is cancelled is cancelled at every await: it could not clean up after itself.
+        work = self._own(self._start(owner, name, backend, spec, source, fork, report))
         try:
-            return await self._start(owner, name, backend, spec, source, fork, report)
-        finally:
-            self._names.discard((owner, name))
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.cancel()
+            raise
+
+    def _own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that belongs to the register, not to the call that began it."""
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+        return task
 
     def _existing(self, notebook: str) -> Path:
         config = self.config
@@ -142,6 +160,7 @@ class Register:
             return await self._start_as(handle, owner, name, backend, spec, source, fork, report)
         finally:
             self._starting.discard(handle)
+            self._names.discard((owner, name))
 
     async def _start_as(
         self,
@@ -155,15 +174,18 @@ class Register:
         report: Progress,
     ) -> Session:
         cells, metadata = read_notebook(source, as_copy=fork) if source else ([], None)
-        if source and not fork:
-            path, notebook_lock = source, self._lock_notebook(source)
-        else:
-            path = await asyncio.to_thread(self._new_folder, name)
-            notebook_lock = None
+        path = source if source and not fork else self._new_folder(name)
+        notebook_lock = self._lock_notebook(path)
+        if notebook_lock is None:
+            raise Conflict(
+                f"The notebook {path} is open in another sandbox. Use that one (list_sandboxes), or open a copy "
+                "with fork=true."
+            )
         state_dir = private_dir(self.config.state_dir / "sandboxes" / handle)
         lock = Lock(state_dir / "lock")
         lock.take()
         document = Notebook(path, cells, metadata)
+        document.hold()  # a sandbox that does not start leaves the file as it was
         document.forget_runs()
         session = Session(handle, name, owner, spec.backend, document, state_dir, lock, time.time())
         session.notebook_lock = notebook_lock
@@ -185,11 +207,11 @@ class Register:
             report("starting the kernel")
             await session.kernel_ready(READY_SECONDS)
             document.metadata["seer"] = {"sandbox": handle, "backend": spec.backend}
-            document.changed()
+            document.unhold()
             await session.save()
         except BaseException:
             if attached:
-                await asyncio.shield(session.terminate("it did not start"))
+                await session.terminate("it did not start")
             session.release()
             shutil.rmtree(state_dir, ignore_errors=True)
             self._remove_if_empty(path, source)
@@ -222,16 +244,11 @@ class Register:
         except OSError:
             return  # the kernel left files there: they stay
 
-    def _lock_notebook(self, path: Path) -> Lock:
+    def _lock_notebook(self, path: Path) -> Lock | None:
+        """The right to write that file, among all servers that share this state folder."""
         locks = private_dir(self.config.state_dir / "locks")
-        lock = Lock(locks / hashlib.sha256(str(path).encode()).hexdigest()[:32])
-        held = any(s.notebook.path == path and s.ended is None for s in self._sessions.values())
-        if held or not lock.take():
-            raise Conflict(
-                f"The notebook {path} is open in another sandbox. Use that one (list_sandboxes), "
-                "or open a copy with fork=true."
-            )
-        return lock
+        lock = Lock(locks / hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32])
+        return lock if lock.take() else None
 
     # -- find ---------------------------------------------------------------------------------
 
@@ -241,6 +258,11 @@ class Register:
         if session is None or session.owner != owner:
             await self.all_found()
             session = self._sessions.get(handle)
+        if session is None and self._elsewhere.get(handle) == owner:
+            raise Conflict(
+                f"Sandbox {show(handle)} is used by another seer-mcp server that runs now. Work with it there, or "
+                "end that server: then it is found again here."
+            )
         if session is None or session.owner != owner:
             mine = [
                 s.handle for s in self._sessions.values() if s.owner == owner and s.ended is None
@@ -248,6 +270,7 @@ class Register:
             raise NotFound(
                 "sandbox", handle, mine, "list_sandboxes shows what runs; start_sandbox starts one."
             )
+        session.notebook.refresh()
         return session
 
     async def list(self, owner: str) -> tuple[list[Session], list[str]]:
@@ -259,7 +282,7 @@ class Register:
     async def all_found(self) -> list[str]:
         if self._first_scan is not None:
             await asyncio.wait([self._first_scan])
-        return await self._scan_notes()
+        return await asyncio.shield(self._own(self._scan_notes()))
 
     async def _scan(self) -> None:
         await self._scan_notes()
@@ -277,8 +300,8 @@ class Register:
 
     async def _adopt(self, folder: Path) -> str | None:
         lock = Lock(folder / "lock")
-        if not lock.take():
-            return f"{folder.name}: another seer-mcp server uses it."
+        held = not lock.take()
+        self._elsewhere.pop(folder.name, None)
         try:
             record: dict[str, Any] = json.loads((folder / "record.json").read_text())
             handle, backend_name = str(record["handle"]), str(record["backend"])
@@ -288,18 +311,26 @@ class Register:
         except (ValueError, KeyError, TypeError) as error:
             lock.release()
             return f"{folder.name}: its record cannot be read ({error!r}); remove {folder} when nothing of it runs."
+        if held:
+            self._elsewhere[handle] = owner
+            return f"{folder.name}: another seer-mcp server uses it."
         if ended is not None and time.time() - created > FORGET_SECONDS:
             lock.release()
             shutil.rmtree(folder, ignore_errors=True)
             return None
+        notebook_lock = self._lock_notebook(path) if ended is None else None
+        if ended is None and notebook_lock is None:
+            lock.release()
+            return f"{handle}: its notebook {path} is open in another sandbox; stop that one first."
         try:
             cells, metadata = read_notebook(path) if path.exists() else ([], None)
         except SeerError as error:
-            lock.release()
+            release(lock, notebook_lock)
             return f"{handle}: {error}"
         document = Notebook(path, cells, metadata)
         document.folded = int((metadata or {}).get("seer", {}).get("folded", 0))
         session = Session(handle, name, owner, backend_name, document, folder, lock, created)
+        session.notebook_lock = notebook_lock
         session.on_change = lambda s, cell: self.on_change(s, cell)
         session.on_end = self._ended
         if ended is not None:
@@ -315,7 +346,7 @@ class Register:
                 sandbox = None
                 await backend.clear(handle)
         except SandboxUnreachable as error:
-            lock.release()
+            release(lock, notebook_lock)
             return f"{handle}: {error}"
         if sandbox is None:
             await session.declare_lost("it ended while no server was there")
@@ -339,6 +370,12 @@ class Register:
             await session.terminate("stopped by stop_sandbox")
         else:
             raise BadInput("sandbox", session.handle, f"it has ended already ({session.ended})")
+
+
+def release(*locks: Lock | None) -> None:
+    for lock in locks:
+        if lock is not None:
+            lock.release()
 
 
 def importable(packs: Packs) -> dict[str, Path]:

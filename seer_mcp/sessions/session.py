@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -31,6 +32,7 @@ Heartbeat = Callable[[str], Awaitable[None]]
 HEARTBEAT_SECONDS = 5.0
 INTERRUPT_SECONDS = 5.0
 FILE_PIECE = 2_000_000
+SLICE = 0.02  # seconds of folding after which other tasks get a turn
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Session:
         self._link: Link | None = None
         self._saver: asyncio.Task[None] | None = None
         self._closing_why = ""
+        self._ending: asyncio.Task[None] | None = None
         self._kernel_changed = asyncio.Event()
         self._work: set[asyncio.Task[Any]] = set()
 
@@ -129,7 +132,34 @@ class Session:
 
     async def declare_lost(self, why: str) -> None:
         """After a restart of the server: the machine is not there any more."""
-        await self._end(why, "sandbox_lost")
+        start = self.notebook.rewind() if self._journal.exists() else 0
+        await self._end_lost(why, start)
+
+    async def _end_lost(self, why: str, start: int) -> None:
+        await self._read_left_behind(start)
+        closed = self._closing_why
+        await self._end(closed or why, "expired" if closed else "sandbox_lost")
+
+    @property
+    def _journal(self) -> Path:
+        return self.state_dir / "journal.jsonl"
+
+    async def _read_left_behind(self, start: int) -> None:
+        """From event `start` on, what the host wrote down and nobody fetched, if its journal is here."""
+        if not self._journal.exists():
+            return
+        began = time.monotonic()
+        with self._journal.open("rb") as file:
+            for line in file:
+                try:
+                    event: Event = json.loads(line)
+                except ValueError:
+                    return  # the host was killed while it wrote this line
+                if event["n"] >= start:
+                    self._fold(event)
+                if time.monotonic() - began > SLICE:
+                    await asyncio.sleep(0)
+                    began = time.monotonic()
 
     async def kernel_ready(self, timeout: float) -> None:
         """Wait for the kernel's first start. Raises KernelStartFailed."""
@@ -152,9 +182,12 @@ class Session:
         self.release()
 
     async def terminate(self, why: str) -> None:
-        """End the sandbox; the notebook stays."""
-        if self.ended is not None:
-            return
+        """End the sandbox; the notebook stays. Once begun it is finished, even if the caller goes."""
+        if self.ended is None:
+            self._ending = self._ending or asyncio.create_task(self._terminate(why))
+            await asyncio.shield(self._ending)
+
+    async def _terminate(self, why: str) -> None:
         sandbox = self._sandbox
         assert sandbox is not None
         self._closing_why = why
@@ -180,7 +213,7 @@ class Session:
 
     def _lost(self, why: str) -> None:
         if self.ended is None:
-            self._own(self._end(why, "expired" if self._closing_why else "sandbox_lost"))
+            self._own(self._end_lost(why, self.notebook.folded + 1))
 
     async def _end(self, why: str, state: str) -> None:
         self.ended = why
@@ -413,9 +446,12 @@ class Session:
         return answer["entries"], answer["total"]
 
     async def touch(self) -> None:
-        """Somebody looks: that counts as use."""
+        """Somebody looks: that counts as use. What was put out can be read all the same."""
         if self.ended is None and self._link is not None:
-            await self._link.request("touch")
+            try:
+                await self._link.request("touch", timeout=2.0)
+            except SandboxUnreachable:
+                return
 
     def check_usable(self, to_run: bool) -> None:
         """Before a cell is written: raise now what running it would raise."""
