@@ -223,7 +223,7 @@ def steer(
     generator = torch.Generator().manual_seed(seed)
     levels = sorted({float(s) for s in strengths} | {0.0})
     arms = [vector, *(_random_like(vector, generator) for _ in range(n_random))]  # each [d]
-    prompts = read(m, [as_chat(m, c) for c in as_list(list(convs))])
+    prompts = read(m, [as_chat(m, c) for c in as_list(convs)])
     plan = [(a, s, c) for a in range(len(arms)) for s in levels for c in range(len(prompts))]
     # Strength 0 is the same row in every arm: it is computed once.
     distinct = [(a, s, c) for a, s, c in plan if a == 0 or s != 0]

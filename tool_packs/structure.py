@@ -72,13 +72,14 @@ def find_structure(
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     head_dim = int(getattr(config, "head_dim", None) or (width // heads if heads else 0))
     attention = [_child(block, ("attn", "attention")) for block in blocks]
+    norms = _final_norms(core, backbone, path, width, norm)
     s = Structure(
         core=core,
         backbone=backbone,
         layers=blocks,
         layers_path=path,
         embedding=embedding,
-        final_norm=_final_norm(core, backbone, path, width, norm),
+        final_norm=norms[0],
         unembedding=unembedding,
         softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=_logit_scale(config),
@@ -93,7 +94,7 @@ def find_structure(
         head_mix=[_head_mix(a, heads * head_dim, width) if a else None for a in attention],
         tied=weight_of(unembedding) is weight_of(embedding),
     )
-    _check(s)
+    _check(s, norms)
     return s
 
 
@@ -144,23 +145,27 @@ def _shown(lists: dict[str, nn.ModuleList]) -> str:
     return ", ".join(f"{path} ({len(mod)})" for path, mod in list(lists.items())[:12]) or "none"
 
 
-def _final_norm(
+def _final_norms(
     core: nn.Module, backbone: nn.Module, layers_path: str, width: int, override: str | None
-) -> nn.Module:
+) -> list[nn.Module]:
+    """What may be the final norm, the likeliest first: `_check` takes the one that fits."""
     if override is not None:
-        return core.get_submodule(override)
+        return [core.get_submodule(override)]
     children = list(backbone.named_children())
     names = [name for name, _ in children]
-    after = children[names.index(layers_path.rpartition(".")[2]) + 1 :]
-    for _, child in after:
+    at = names.index(layers_path.rpartition(".")[2])
+    found = []
+    for _, child in [*children[at + 1 :], *children[:at]]:
         weight = getattr(child, "weight", None)
         has_norm_name = "norm" in type(child).__name__.lower()
         if has_norm_name or (isinstance(weight, Tensor) and weight.shape == (width,)):
-            return child
-    raise StructureUnknown(
-        f"{type(core).__name__}: no final norm after {layers_path}; beside it are {names}. "
-        'Name it: load_model(name, norm="path.to.the.norm")'
-    )
+            found.append(child)
+    if not found:
+        raise StructureUnknown(
+            f"{type(core).__name__}: no final norm beside {layers_path}, only {names}. "
+            'Name it: load_model(name, norm="path.to.the.norm")'
+        )
+    return found
 
 
 def _child(block: nn.Module, words: tuple[str, ...]) -> nn.Module | None:
@@ -168,7 +173,8 @@ def _child(block: nn.Module, words: tuple[str, ...]) -> nn.Module | None:
         is_norm = (
             "norm" in name.lower() or "ln" in name.lower() or "norm" in type(child).__name__.lower()
         )
-        if not is_norm and any(word in name.lower() for word in words):
+        has_weights = next(child.parameters(), None) is not None  # dropouts bear such names too
+        if has_weights and not is_norm and any(word in name.lower() for word in words):
             return child
     return None
 
@@ -227,8 +233,8 @@ def _residual_writers(parts: list[tuple[nn.Module, Tensor]], delta: Tensor) -> t
 
 
 @torch.no_grad()
-def _check(s: Structure) -> None:
-    """Four tokens through the model: fills embed_scale, attn_out, mlp_out and lens_error."""
+def _check(s: Structure, norms: list[nn.Module]) -> None:
+    """Four tokens through the model: fills embed_scale, attn_out, mlp_out, final_norm, lens_error."""
     device = weight_of(s.embedding).device
     vocabulary = weight_of(s.embedding).shape[0]
     ids = (torch.arange(4, device=device) + vocabulary // 3).unsqueeze(0) % vocabulary  # [1, 4]
@@ -270,8 +276,12 @@ def _check(s: Structure) -> None:
         added = seen["out", i] - start.to(seen["out", i].device)
         s.attn_out[i], s.mlp_out[i] = _residual_writers(parts, added)
     s.embed_scale = _embed_scale(s, ids, seen)
-    lens = unembed(s, apply_norm(s, seen["out", last]))
-    s.lens_error = (lens - logits.to(lens.device)).abs().max().item()
+    errors = []
+    for s.final_norm in norms:
+        lens = unembed(s, apply_norm(s, seen["out", last]))
+        errors.append((lens - logits.to(lens.device)).abs().max().item())
+    s.lens_error = min(errors)
+    s.final_norm = norms[errors.index(s.lens_error)]
 
 
 def _writers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -147,3 +147,13 @@ def test_a_chat_that_cannot_be_rendered_says_why(llama):
         generate(llama, [{"role": "assistant", "content": "hm"}], prefill="hm")
     with pytest.raises(TextError, match="neither a str nor a chat"):
         generate(llama, [3])
+
+
+def test_samples_share_their_prefix_and_each_equals_its_own_run(models):
+    for m in models.values():
+        change = Intervention(1, torch.ones(m.width), 0.5, start="last")
+        for steer in (None, [None, change, None, change]):
+            one = generate(m, TEXTS, raw=True, max_new_tokens=6, steer=steer)["text"]
+            three = generate(m, TEXTS, raw=True, max_new_tokens=6, n=3, steer=steer)
+            assert three["text"] == [text for text in one for _ in range(3)]
+            assert three["sample"] == [0, 1, 2] * 4

@@ -242,3 +242,21 @@ def test_a_sweep_without_a_measure_says_what_to_give(llama):
 def test_an_intervention_on_a_batch_of_another_size_is_refused(llama):
     with pytest.raises(TextError, match="entries for 4 rows"):
         capture(llama, TEXTS, steer=[Intervention(1, vector(llama))] * 3)
+
+
+def test_a_sweep_takes_one_question_one_chat_or_many(llama):
+    chat = [{"role": "user", "content": "Who are you?"}]
+    options = {"strengths": [1], "towards": ["she"], "n_random": 0, "max_new_tokens": 2}
+    one = steer(llama, vector(llama), 1, convs="Who are you?", **options)
+    assert torch.equal(
+        steer(llama, vector(llama), 1, convs=chat, **options)["effect"], one["effect"]
+    )
+    assert steer(llama, vector(llama), 1, convs=[chat] * 3, **options)["effect_answers"].shape == (
+        2,
+        3,
+    )
+
+
+def test_a_vector_with_a_row_for_each_layer_is_taken_at_its_layer(llama):
+    rows = torch.randn(llama.n_layers, llama.width, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(intervention(llama, rows, -1).vector, rows[3])
