@@ -208,7 +208,8 @@ def direction(
 
     Args:
         pos: texts or chats that have the property; several positions of one text are averaged.
-        neg: texts or chats that lack it.
+        neg: texts or chats that lack it; where there are as many as in pos, text i of one is the
+            partner of text i of the other: partners stay in one half and swap labels in the null.
         layers: as in `capture`.
         position: as in `capture`.
         seed: of the halves and of both nulls.
@@ -261,12 +262,12 @@ def direction(
     y = torch.tensor([True] * len(one) + [False] * len(two))
     generator = torch.Generator().manual_seed(seed)
     vector = _mean_difference(x, y)  # [L, d]
-    half = _halves(y, generator)
-    auroc, cosine = _held_out(x, y, half)
+    paired = len(one) == len(two)
+    auroc, cosine = _held_out(x, y, _halves(y, paired, generator))
     shuffled, random = [], []
     for _ in range(n_null):
-        labels = y[torch.randperm(len(y), generator=generator)]
-        shuffled.append(_held_out(x, labels, _halves(labels, generator))[0])
+        labels = _shuffle(y, paired, generator)
+        shuffled.append(_held_out(x, labels, _halves(labels, paired, generator))[0])
         guess = torch.randn(len(index), m.width, generator=generator)
         a = _auroc(torch.einsum("lnd,ld->ln", x, guess), y)
         random.append(torch.maximum(a, 1 - a))  # a random direction may point either way
@@ -334,6 +335,7 @@ def direction(
             seed=seed,
             layers=index,
             position=str(position),
+            paired=paired,
             n_null=n_null,
         ),
     )
@@ -540,14 +542,27 @@ def _mean_difference(x: Tensor, y: Tensor) -> Tensor:
     return x[:, y].mean(1) - x[:, ~y].mean(1)
 
 
-def _halves(y: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of each class, at random: a mask [N]."""
+def _halves(y: Tensor, paired: bool, generator: torch.Generator) -> Tensor:
+    """Half of each class, at random: a mask [N]. Pairs (i, i + N/2) stay in one half."""
     half = torch.zeros(len(y), dtype=torch.bool)
+    if paired:
+        pairs = len(y) // 2
+        picked = torch.randperm(pairs, generator=generator)[: pairs // 2]
+        half[picked] = half[picked + pairs] = True
+        return half
     for label in (True, False):
         members = (y == label).nonzero()[:, 0]
         picked = members[torch.randperm(len(members), generator=generator)]
         half[picked[: len(members) // 2]] = True
     return half
+
+
+def _shuffle(y: Tensor, paired: bool, generator: torch.Generator) -> Tensor:
+    """Labels at random: swapped within pairs, or else dealt anew."""
+    if not paired:
+        return y[torch.randperm(len(y), generator=generator)]
+    swap = torch.rand(len(y) // 2, generator=generator) < 0.5
+    return y ^ torch.cat([swap, swap])
 
 
 def _held_out(x: Tensor, y: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,8 @@ class Result:
         """What was found, at most 1,500 characters; every effect beside its control."""
         shapes = "; ".join(f"{name} {shape}" for name, shape in self.shapes().items())
         p = self.provenance
-        where = p.model + (f" + {p.adapter}" if p.adapter and p.adapter != p.model else "")
+        named = p.adapter is None or p.model.split(":")[-1] == p.adapter
+        where = p.model if named else f"{p.model} + {p.adapter}"
         tail = f"{where}, {p.prompts} prompts, seed {p.seed}, {p.seconds:.2f} s"
         if shapes:
             tail = f"tensors: {_clip(shapes, 400)}\n{tail}"

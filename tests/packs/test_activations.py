@@ -87,7 +87,6 @@ def test_positions_by_name_number_span_and_list(llama):
     def at(positions, text=CHAT):
         return capture(llama, [text], 0, positions)["positions"][0].tolist()
 
-    tokens = llama.tokenizer.decode
     ids = capture(llama, [CHAT], 0, "all").rows[0]["tokens"]
     assert at("last") == [len(ids) - 1]
     assert ids[at("last_user")[0]] == "at"  # "sat" is s + at
@@ -96,7 +95,6 @@ def test_positions_by_name_number_span_and_list(llama):
     assert at([0, "last", -2]) == [0, len(ids) - 1, len(ids) - 2]
     open_turn = CHAT[:1]
     assert at("assistant_start", open_turn) == at("last", open_turn)
-    assert tokens is not None
 
 
 def test_wrong_positions_layers_and_sites_say_what_exists(llama):
@@ -146,6 +144,19 @@ def test_a_direction_between_like_texts_is_no_better_than_shuffled(llama):
     one = direction(llama, [f"a {w}" for w in words[:4]], [f"a {w}" for w in words[4:]], seed=3)
     assert r.rows[0]["p"] <= 1
     assert one.rows[0]["p"] > 0.05
+
+
+def test_pairs_that_differ_in_one_word_are_split_and_shuffled_as_pairs(llama):
+    places = ["cat", "dog", "nurse", "house", "hill", "mat", "doctor", "city"]
+    pos, neg = [f"{x} she" for x in places], [f"{x} he" for x in places]
+    r = direction(llama, pos, neg, seed=1)
+    unpaired = direction(llama, pos, neg[:-1], seed=1)
+    assert r.provenance.arguments["paired"] is True
+    assert unpaired.provenance.arguments["paired"] is False
+    # What the partners share cancels, so halves agree where only the topic differs between texts.
+    swapped = direction(llama, [f"she {x}" for x in places], [f"he {x}" for x in places], seed=1)
+    dealt = direction(llama, [f"she {x}" for x in places], [f"he {x}" for x in places[:-1]], seed=1)
+    assert swapped["split_cosine"].mean() > dealt["split_cosine"].mean()
 
 
 def test_a_direction_needs_four_texts_a_side(llama):

@@ -30,9 +30,8 @@ def several(m):
     yield anatomy(m)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2-lora"])
-def test_what_is_saved_is_read_back(models, name, tmp_path):
-    for i, r in enumerate(several(models[name])):
+def test_what_is_saved_is_read_back(models, tmp_path):
+    for i, r in enumerate(several(models["gpt2-lora"])):
         again = Result.load(r.save(tmp_path / str(i)))
         assert again.provenance == r.provenance
         assert again.summary() == r.summary()
