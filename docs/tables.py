@@ -11,10 +11,9 @@ from pathlib import Path
 from mcp.server.mcpserver.tools import Tool
 
 from seer_mcp.config import Config
-from seer_mcp.packs import read_packs
+from seer_mcp.packs import Packs, read_packs
 from seer_mcp.server import BUILTIN_PACKS
 from seer_mcp.sessions import Register
-from seer_mcp.packs import Packs
 from seer_mcp.tools import build_tools
 
 README = Path(__file__).parent.parent / "README.md"
@@ -30,7 +29,7 @@ def tools_table() -> str:
     for tool in all_tools():
         needed = tool.parameters.get("required", [])
         names = [f"**{n}**" if n in needed else n for n in tool.parameters["properties"]]
-        first = re.split(r"(?<=[.:])\s", tool.description, maxsplit=1)[0].rstrip(".:")
+        first = re.split(r"(?<=\.)\s", tool.description, maxsplit=1)[0].rstrip(".")
         rows.append(f"| `{tool.name}` | {first} | {', '.join(names)} |")
     return "\n".join(rows)
 

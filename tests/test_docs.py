@@ -1,0 +1,85 @@
+"""What the docs say is what the code does."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from seer_mcp.cli import parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+sys.path.insert(0, str(ROOT / "docs"))
+
+import tables  # noqa: E402 (a script of docs/, which is no package)
+
+
+def test_the_tables_of_the_readme_are_those_of_the_code() -> None:
+    assert tables.filled(README) == README, "run: uv run python docs/tables.py"
+
+
+def test_the_first_block_of_the_readme_holds_the_two_commands() -> None:
+    block = re.search(r"```console\n(.*?)```", README, re.S)
+    assert block is not None
+    commands = [line.split("#")[0].strip() for line in block[1].splitlines()]
+    assert commands == ["pip install uv", "uv run seer-mcp demo", "uv run pytest"]
+
+
+def test_every_command_line_of_ours_in_the_docs_can_be_parsed() -> None:
+    lines = [
+        line.split("#")[0].split()
+        for page in [README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
+        for block in re.findall(r"```console\n(.*?)```", page, re.S)
+        for line in block.splitlines()
+    ]
+    starts = ["uv", "run", "seer-mcp"]
+    ours = [words[3:] for words in lines if words[:3] == starts]
+    assert len(ours) >= 3
+    for words in ours:
+        arguments = words if words and not words[0].startswith("-") else ["stdio", *words]
+        parser().parse_args(arguments)
+
+
+def test_scripts_that_the_docs_name_exist() -> None:
+    named = set(re.findall(r"uv run python (\S+\.py)", README))
+    assert named >= {"examples/first_investigation.py", "benchmarks/run_cell.py"}
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_links_between_our_pages_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_the_json_for_a_desktop_client_is_json() -> None:
+    (block,) = re.findall(r"```json\n(.*?)```", README, re.S)
+    server = json.loads(block)["mcpServers"]["seer"]
+    parser().parse_args(["stdio", *server["args"]])
+    assert Path(server["command"]).is_absolute()
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    done = subprocess.run(
+        [sys.executable, "-m", "seer_mcp.cli", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == f"seer-mcp {project['version']}"
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["torch", "ipykernel", "jupyter-client", "modal"])
+def test_the_server_alone_does_not_need(name: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert not [d for d in project["dependencies"] if d.lower().startswith(name)]
+    assert all("<" in d for d in project["dependencies"]), "every dependency has an upper bound"
