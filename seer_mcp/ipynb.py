@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -79,7 +81,7 @@ def read_notebook(
         raise NotebookUnreadable(
             str(path), f"it is not JSON ({error}); perhaps it was cut off"
         ) from error
-    if not isinstance(data, dict) or not isinstance(data.get("nbformat"), int):
+    if not isinstance(data, dict) or type(data.get("nbformat")) is not int:
         raise NotebookUnreadable(str(path), "it is JSON but not a notebook (no nbformat number)")
     if data["nbformat"] < 4:
         if not as_copy:
@@ -106,7 +108,11 @@ def read_notebook(
         ) from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise NotebookUnreadable(str(path), f"it is not a valid notebook: {error!r}") from error
+    if "seer" in data["metadata"]:
+        data["metadata"]["seer"] = _true_to_kind(data["metadata"]["seer"], DOCUMENT_FACTS)
     for cell in data["cells"]:
+        if "seer" in cell["metadata"]:
+            cell["metadata"]["seer"] = _run_facts(cell["metadata"]["seer"], path)
         cell["source"] = joined(cell["source"])
         for output in cell.get("outputs", []):
             if output["output_type"] == "stream":
@@ -128,3 +134,73 @@ def _unique_ids(path: Path, cells: list[dict[str, Any]], as_copy: bool) -> None:
                 )
             cell["id"] = new_id()
         seen.add(cell["id"])
+
+
+# What we note in a notebook, and of which kind it must be. Whoever made the file may have written
+# anything there: what cannot be ours is dropped.
+RUN = re.compile(r"[rc][0-9a-f]{10}")
+STATES = frozenset(
+    [
+        "queued",
+        "running",
+        "complete",
+        "error",
+        "interrupted",
+        "kernel_died",
+        "sandbox_lost",
+        "expired",
+        "not_run",
+    ]
+)
+DOCUMENT_FACTS: dict[str, type] = {"sandbox": str, "backend": str, "folded": int}
+RUN_FACTS: dict[str, type] = {
+    "run": str,
+    "state": str,
+    "why": str,
+    "since": int,
+    "started": float,
+    "seconds": float,
+    "late": int,
+    "output_bytes": int,
+    "dropped_bytes": int,
+    "stale": bool,
+    "earlier": bool,
+    "files": dict,
+}
+
+
+def _true_to_kind(facts: Any, kinds: dict[str, type]) -> dict[str, Any]:
+    if not isinstance(facts, dict):
+        return {}
+    return {name: facts[name] for name, kind in kinds.items() if _is(facts.get(name), kind)}
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is int or kind is float:
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        return number and 0 <= value < 2**53 and math.isfinite(value)
+    return isinstance(value, kind)
+
+
+def _run_facts(facts: Any, path: Path) -> dict[str, Any]:
+    """What a cell of the notebook `path` says of its last run, as far as it can be true."""
+    known = _true_to_kind(facts, RUN_FACTS)
+    if not RUN.fullmatch(known.get("run", "")) or known.get("state") not in STATES:
+        return {}
+    if "files" in known:
+        known["files"] = {
+            index: name
+            for index, name in known["files"].items()
+            if index.isdigit() and isinstance(name, str) and _is_output_of(path, name)
+        }
+    return known
+
+
+def _is_output_of(path: Path, name: str) -> bool:
+    """Whether `name` is a file in the folder of the notebook's long outputs, and really lies there."""
+    folder = path.with_name(f"{path.stem}.outputs")
+    return (
+        "\0" not in name
+        and path.parent / name == folder / Path(name).name
+        and (path.parent / name).resolve() == path.parent.resolve() / folder.name / Path(name).name
+    )

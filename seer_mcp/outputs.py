@@ -257,7 +257,8 @@ def bundle(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def display_id(output: Output) -> str | None:
-    return output.get("metadata", {}).get("seer", {}).get("display_id")
+    ours = output.get("metadata", {}).get("seer")
+    return ours.get("display_id") if isinstance(ours, dict) else None
 
 
 def as_piece(index: int, output: Output) -> Piece:
