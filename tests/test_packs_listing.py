@@ -8,16 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from seer_mcp.catalogue import answer, detail, overview, search
 from seer_mcp.errors import BadInput, NotFound
-from seer_mcp.packs import (
-    Packs,
-    answer,
-    detail,
-    import_root,
-    overview,
-    read_packs,
-    search,
-)
+from seer_mcp.packs import Packs, read_packs
 
 ACTIVATIONS = '''"""Read what a model computes.
 
@@ -176,8 +169,9 @@ def test_a_user_folder_may_hold_modules_and_packages_or_be_a_package(builtin: Pa
     assert lines["inner.f"] == "from inner import f"
     assert lines["single.f"] == "from single import f"
     assert lines["linear.f"] == "from probes2.linear import f"
-    assert import_root(plain) == plain
-    assert import_root(package) == import_root(builtin) == tmp_path
+    given = listing.importable()
+    assert given["inner"] == plain / "inner" and given["single"] == plain / "single.py"
+    assert given["probes2"] == package and given[builtin.name] == builtin
     assert listing.problems == ()
 
 

@@ -10,8 +10,8 @@ from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.tools import Tool
 from mcp.types import CallToolResult
 
+from ..catalogue import answer, detail, overview
 from ..errors import BadInput
-from ..packs import answer, detail, overview
 from ..render import Answer
 from ..sessions import Register
 from .answers import of_runs
