@@ -20,11 +20,12 @@ from typing import Any, Awaitable, Callable, Deque, Dict, List, Optional, Set
 from .commands import Commands
 from .folder import Folder
 from .journal import Journal
-from .kernel import Kernel, KernelFailedToStart, Message, descendants
+from .kernel import Kernel, KernelFailedToStart, Message, came_from_kernel, descendants, end_all
 
 Event = Dict[str, Any]
 LINE_LIMIT = 64 * 1024 * 1024  # one request
 STREAM_PIECE = 256 * 1024  # characters of one stream event
+ERROR_PIECE = 100_000  # characters of one text of an error
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -74,10 +75,31 @@ def escape_surrogates(value: Any) -> Any:
     return value
 
 
+def clipped(value: Any, limit: int) -> Any:
+    """The value with every text in it shortened to about `limit` characters."""
+    if isinstance(value, str) and len(value) > limit:
+        left_out = len(value) - limit
+        return "%s … %d characters left out … %s" % (
+            value[: limit // 2],
+            left_out,
+            value[-(limit // 2) :],
+        )
+    if isinstance(value, list):
+        return [clipped(v, limit) for v in value]
+    if isinstance(value, dict):
+        return {k: clipped(v, limit) for k, v in value.items()}
+    return value
+
+
+def display_event(data: Dict[str, Any]) -> Event:
+    return {"type": "display", "data": data, "metadata": {}, "display_id": None}
+
+
 class Host:
     def __init__(self, config: Dict[str, Any]) -> None:
         self.config = config
         self.directory: str = config["directory"]
+        self.output_cap: int = config.get("output_cap", 200_000_000)
         self.journal = Journal(os.path.join(self.directory, "journal.jsonl"))
         self.folder = Folder(config["cwd"], config.get("protected", []))
         self.commands = Commands(config["cwd"], config["env"], self._command_event)
@@ -126,8 +148,7 @@ class Host:
             await self.kernel.kill()
         self._emit({"type": "closing", "why": self.config["why_closed"]})
         await asyncio.sleep(0.2)  # readers that are there get the last lines
-        for process in descendants(os.getpid()):
-            process.kill()
+        end_all(descendants(os.getpid()))
         os.unlink(address)
         return 0
 
@@ -221,12 +242,11 @@ class Host:
         while self.queue:
             self._end(self.queue.popleft(), "not_run", "the kernel died (%s)" % how)
         self._emit({"type": "kernel", "state": "dead", "generation": kernel.generation, "how": how})
-        kept = self.commands.pids()
-        for pid in list(kept):
-            kept.update(p.pid for p in descendants(pid))
-        for process in descendants(os.getpid()):
-            if process.pid not in kept:
-                process.kill()
+        self._end_orphans()
+
+    def _end_orphans(self) -> None:
+        """End what a kernel that is gone left in sessions of their own; commands go on."""
+        end_all(p for p in descendants(os.getpid()) if came_from_kernel(p))
 
     async def _restart(self) -> None:
         if self.kernel_state == "starting":
@@ -238,7 +258,9 @@ class Host:
             self._end(self.queue.popleft(), "not_run", "the kernel was restarted")
         if kernel:
             await kernel.kill()
+        self._end_orphans()
         self.by_message.clear()
+        self.latest = None
         await self._start_kernel()
 
     def _on_message(self, channel: str, message: Message) -> None:
@@ -247,6 +269,9 @@ class Host:
         kind, content = message["msg_type"], message["content"]
         if channel == "shell":
             if run and kind == "execute_reply":
+                for payload in content.get("payload", ()):
+                    if payload.get("source") == "page":  # what `name?` shows
+                        self._output(run, display_event(payload["data"]), 0)
                 run.reply = content
                 self._maybe_over(run)
             return
@@ -273,7 +298,7 @@ class Host:
                 event["count"] = content["execution_count"]
             self._output(run, event, len(json.dumps(content["data"])))
         elif kind == "error":
-            self._output(run, {"type": "error", **content}, 0)
+            self._output(run, {"type": "error", **clipped(content, ERROR_PIECE)}, 0)
         elif kind == "clear_output":
             self._output(run, {"type": "clear", "wait": bool(content.get("wait"))}, 0)
 
@@ -378,20 +403,23 @@ class Host:
 
     def _stream(self, run: Run, name: str, text: str) -> None:
         text = escape_surrogates(text)
-        for at in range(0, len(text), STREAM_PIECE):
-            piece = text[at : at + STREAM_PIECE]
+        at = 0
+        while at < len(text):
+            # Up to the cap to the byte (of ASCII), so that a small cap keeps what it promises.
+            room = self.output_cap - run.output_bytes
+            piece = text[at : at + (min(STREAM_PIECE, room) if room > 0 else STREAM_PIECE)]
+            at += len(piece)
             size = len(piece) if piece.isascii() else len(piece.encode("utf-8"))
             self._output(run, {"type": "stream", "name": name, "text": piece}, size)
 
     def _output(self, run: Run, event: Event, size: int) -> None:
         """Journal one output of a run, or count it once the run's cap is reached."""
-        cap = self.config.get("output_cap", 200_000_000)
         run.output_bytes += size
-        if size and (run.dropped_bytes or run.output_bytes > cap):
+        if size and (run.dropped_bytes or run.output_bytes > self.output_cap):
             first = run.dropped_bytes == 0
             run.dropped_bytes += size
             if first:
-                self._emit({"type": "capped", "run": run.id, "cap": cap})
+                self._emit({"type": "capped", "run": run.id, "cap": self.output_cap})
             return
         if run.over:
             event["late"] = True

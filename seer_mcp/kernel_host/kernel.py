@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import os
 import signal
 import sys
 import time
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Tuple
 
 import psutil  # a dependency of ipykernel
 import zmq
@@ -15,7 +16,10 @@ import zmq.asyncio
 from jupyter_client.connect import write_connection_file
 from jupyter_client.session import Session
 
+from . import last_words
+
 Message = Dict[str, Any]
+HOST_PID = "JPY_PARENT_PID"  # in the environment of a kernel and what it starts (ipykernel's name)
 CHANNELS = ("shell", "iopub", "control")
 
 
@@ -84,6 +88,7 @@ class Kernel:
         self._probe: Optional[str] = None
         self._heard_probe = asyncio.Event()
         self._oom_before = oom_kills()
+        self._sendings: Deque[Tuple[str, int, str]] = collections.deque(maxlen=200)
 
     async def start(self, timeout: float) -> None:
         """Start the process and wait until its outputs are sure to be heard.
@@ -91,7 +96,7 @@ class Kernel:
         A fresh kernel publishes before a subscriber is connected, and that is lost. So a harmless
         request is repeated until its own status message has come back on iopub.
         """
-        prefix = os.path.join(self._directory, "k%d" % self.generation)
+        prefix = self._prefix = os.path.join(self._directory, "k%d" % self.generation)
         file, found = write_connection_file(
             prefix + ".json",
             transport="ipc",
@@ -126,7 +131,7 @@ class Kernel:
                     stdout=log,
                     stderr=log,
                     cwd=self._cwd,
-                    env={**self._env, "JPY_PARENT_PID": str(os.getpid())},
+                    env={**self._env, HOST_PID: str(os.getpid())},
                     start_new_session=True,
                 )
             except OSError as error:
@@ -191,11 +196,19 @@ class Kernel:
         socket = self._sockets[channel]
         while True:
             parts = await socket.recv_multipart()
-            _, signed = self._session.feed_identities(parts)
-            message = self._session.deserialize(signed)
-            if channel == "iopub" and message["parent_header"].get("msg_id") == self._probe:
-                self._heard_probe.set()
-            self._on_message(channel, message)
+            try:
+                _, signed = self._session.feed_identities(parts)
+                message = self._session.deserialize(signed)
+                parent = message["parent_header"]
+                if channel == "iopub" and parent.get("msg_id") == self._probe:
+                    self._heard_probe.set()
+                if "seer_sending" in parent:
+                    name = message["content"]["name"]
+                    self._sendings.append((name, parent["seer_sending"], parent["msg_id"]))
+                self._on_message(channel, message)
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                # Code in the kernel can send anything; the next message counts as well.
+                print("message on %s passed over: %r" % (channel, error), file=sys.stderr)
 
     async def _watch(self, exited: "asyncio.Future[int]") -> None:
         code = await exited
@@ -210,9 +223,22 @@ class Kernel:
             quiet = 0 if pending else quiet + 1
             await asyncio.sleep(0.02)
         self.alive = False
+        self._hear_last_words()
         how = how_it_died(code, oom_kills() > self._oom_before)
         await kill_tree(self.pid)
         self._on_exit(self, how)
+
+    def _hear_last_words(self) -> None:
+        """What it wrote and could not send any more."""
+        for name in ("stdout", "stderr"):
+            for number, parent, text in last_words.read("%s.%s" % (self._prefix, name)):
+                if (name, number, parent) not in self._sendings:
+                    message = {
+                        "msg_type": "stream",
+                        "parent_header": {"msg_id": parent},
+                        "content": {"name": name, "text": text},
+                    }
+                    self._on_message("iopub", message)
 
     def _stderr(self) -> str:
         with open(self._log_path, "rb") as log:
@@ -229,6 +255,22 @@ def descendants(pid: int) -> "List[psutil.Process]":
         return []
 
 
+def came_from_kernel(process: "psutil.Process") -> bool:
+    """Whether a descendant of the host is a kernel's (and not a command's)."""
+    try:
+        return process.environ().get(HOST_PID) == str(os.getpid())
+    except psutil.Error:
+        return False  # gone, or out of reach
+
+
+def end_all(processes: "Iterable[psutil.Process]") -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+
+
 async def kill_tree(pid: int) -> None:
     """SIGKILL a group leader, its group and its descendants, until none is left."""
     for _ in range(100):
@@ -237,11 +279,7 @@ async def kill_tree(pid: int) -> None:
             os.killpg(pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass  # it is gone, or only its zombie is left
-        for process in family:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                pass
+        end_all(family)
         if not family:
             return
         await asyncio.sleep(0.01)

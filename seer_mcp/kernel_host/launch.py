@@ -2,6 +2,8 @@
 
 What differs from `python -m ipykernel_launcher`:
 - the kernel dies with its host (Linux), so that a killed host leaves nothing behind;
+- what was printed is kept even if the kernel is killed before it was sent (see last_words.py);
+- what a thread prints belongs to the cell that started it, also while another cell runs;
 - text that is not valid Unicode (lone surrogates) is sent escaped, where ipykernel would lose it;
 - the connection file is not part of the IPython configuration: libraries that look there to
   choose a widget progress bar choose a text one, which a reader of text can follow.
@@ -14,9 +16,14 @@ import json
 import os
 import signal
 import sys
-from typing import Any, Callable
+import threading
+from typing import Any, Dict, FrozenSet, List
+
+import last_words
 
 PR_SET_PDEATHSIG = 1
+PIECE = last_words.SIZE // 8  # characters; as UTF-8 they fit into half a slot
+SENDING = "seer_sending"  # in the parent header of a stream message: the number of its sending
 
 
 def die_with_parent() -> None:
@@ -26,17 +33,77 @@ def die_with_parent() -> None:
             sys.exit("the kernel host is gone")
 
 
-def surrogate_safe(pack: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+def pack(obj: Any) -> bytes:
+    """JSON in ASCII, which can hold every str (ipykernel's own packer loses lone surrogates)."""
     from jupyter_client.jsonutil import json_clean, json_default
 
-    def packed(obj: Any) -> bytes:
-        try:
-            return pack(obj)
-        except UnicodeEncodeError:
-            clean = json_clean(obj)
-            return json.dumps(clean, default=json_default, allow_nan=False).encode("ascii")
+    try:
+        return json.dumps(obj, default=json_default, allow_nan=False).encode("ascii")
+    except (TypeError, ValueError):  # not quite JSON: NaN, keys that are no text
+        return json.dumps(json_clean(obj), default=json_default, allow_nan=False).encode("ascii")
 
-    return packed
+
+def keep_last_words(stream: Any, path: str) -> None:
+    """Let a stream of ipykernel also write to memory that survives the process."""
+    used = ("_buffers", "_buffer_lock", "_rotate_buffers", "_schedule_flush", "_is_master_process")
+    if not all(hasattr(stream, name) for name in used):
+        return  # an ipykernel that we do not know
+    ring = last_words.Ring(path)
+    write, rotate, lock = stream.write, stream._rotate_buffers, stream._buffer_lock
+
+    def buffered(parent: Dict[str, Any], text: str) -> bool:
+        with lock:  # not held while the flush is scheduled, which may wait for the sending thread
+            if kept := ring.add(parent["msg_id"], text):
+                stream._buffers[frozenset(parent.items())].write(text)
+        return kept
+
+    def write_and_keep(text: Any) -> Any:
+        parent = stream.parent_header
+        if not parent or not isinstance(text, str) or not stream._is_master_process():
+            return write(text)
+        for at in range(0, len(text), PIECE):
+            piece = text[at : at + PIECE]
+            while not buffered(parent, piece):
+                stream.flush()  # makes room
+            stream._schedule_flush()
+        return len(text)
+
+    def rotate_and_number() -> Dict[FrozenSet[Any], Any]:
+        with lock:
+            buffers = rotate()
+            if not buffers or not stream._is_master_process():
+                return buffers
+            mark = (SENDING, ring.turn())
+            return {
+                (parent | {mark} if parent else parent): text for parent, text in buffers.items()
+            }
+
+    stream.write, stream._rotate_buffers = write_and_keep, rotate_and_number
+
+
+def threads_belong_to_their_cell(shell: Any) -> None:
+    """Give each new thread the cell that started it as the parent of its output.
+
+    ipykernel 7 gives a thread the cell that runs at the moment.
+    """
+    ends: List[Any] = [sys.stdout, sys.stderr, shell.display_pub, shell.displayhook]
+    if not all(hasattr(end, "set_thread_parent") for end in ends):
+        return  # an older ipykernel, which does this itself
+    start, begin = threading.Thread.start, threading.Thread._bootstrap_inner  # type: ignore
+
+    def start_in_cell(thread: Any) -> None:
+        thread._seer_parent = shell.display_pub.parent_header
+        start(thread)
+
+    def begin_in_cell(thread: Any) -> None:
+        parent = getattr(thread, "_seer_parent", None)
+        if parent:
+            for end in ends:
+                end.set_thread_parent(parent)
+        begin(thread)
+
+    threading.Thread.start = start_in_cell  # type: ignore
+    threading.Thread._bootstrap_inner = begin_in_cell  # type: ignore
 
 
 def main() -> None:
@@ -47,7 +114,10 @@ def main() -> None:
 
     app = IPKernelApp.instance(connection_file=sys.argv[1])
     app.initialize([])
-    app.session.pack = surrogate_safe(app.session.pack)
+    app.session.pack = pack
+    for name in ("stdout", "stderr"):
+        keep_last_words(getattr(sys, name), os.path.splitext(sys.argv[1])[0] + "." + name)
+    threads_belong_to_their_cell(app.shell)
     app.start()
 
 

@@ -224,7 +224,13 @@ class Session:
             if not run.over.is_set():
                 self._finish(run.id, state, why)
         self._kernel_changed.set()
+        self.notebook.metadata["seer"] = {**self.notebook.metadata.get("seer", {}), "ended": why}
+        self.notebook.changed()
         await self._save_quietly()
+        if self._saver is not None:
+            self._saver.cancel()
+        if self.notebook_lock is not None:
+            self.notebook_lock.release()  # the next sandbox may open it at once, as our answers say
         if self._sandbox is not None:
             await self._sandbox.terminate()  # also what a killed host left behind
         self.release()

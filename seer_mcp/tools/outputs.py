@@ -126,7 +126,8 @@ def tools(register: Register) -> list[Tool]:
         with outputs=true their outputs."""
         session = await register.get(sandbox, owner())
         notebook = session.notebook
-        title = f"notebook {notebook.path}, {len(notebook.cells)} cells{notes(session)}"
+        ended = f"; its sandbox has ended ({session.ended})" if session.ended is not None else ""
+        title = f"notebook {notebook.path}, {len(notebook.cells)} cells{ended}{notes(session)}"
         if not cells.strip():
             text = outline(session)
         else:
