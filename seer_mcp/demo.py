@@ -42,7 +42,7 @@ SETUP = """\
 import json
 import torch
 from tool_packs import organisms
-from tool_packs.activations import difference, direction
+from tool_packs.directions import difference, direction
 from tool_packs.generation import generate, next_token
 from tool_packs.logit_lens import lens_vector
 from tool_packs.steering import steer

@@ -74,8 +74,9 @@ def draw(
 def _lines(figure: Any, spec: Any, tensors: Any, dims: Any, labels: Any, rows: Any) -> None:
     panels: list[list[str]] = spec.get("panels") or [spec["lines"]]
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    bands = spec.get("bands", {})
-    for ax, names in zip(axes, panels, strict=True):
+    bands, each, limits = (spec.get(key, {}) for key in ("bands", "each", "limits"))
+    units = spec.get("units") or [""] * len(panels)
+    for ax, names, unit in zip(axes, panels, units, strict=True):
         for name in names:
             values, axis = tensors[name].float(), list(dims[name])
             x_axis = axis.index(spec["x"])
@@ -89,8 +90,17 @@ def _lines(figure: Any, spec: Any, tensors: Any, dims: Any, labels: Any, rows: A
                 low, high = values.quantile(0.05, 1), values.quantile(0.95, 1)
                 ax.fill_between(x, low, high, alpha=0.3, color="0.5", linewidth=0)
                 ax.plot(x, values.mean(1), color="0.4", linestyle="--", label=_printable(name))
+            elif name in each:  # a line for each entry of that dimension
+                values = values.movedim(axis.index(each[name]), -1)  # [x, ..., each]
+                values = values.reshape(len(x), -1, values.shape[-1]).mean(1)
+                for entry, line in zip(labels[each[name]], values.T, strict=True):
+                    ax.plot(x, line, marker=".", label=_printable(f"{name} {entry}"))
             else:
                 ax.plot(x, values.reshape(len(x), -1).mean(1), marker=".", label=_printable(name))
+            if name in limits:
+                bound = limits[name]
+                ax.axhspan(-bound, bound, alpha=0.3, color="0.5", label="random, 95 %")
+        ax.set_ylabel(unit)
         ax.set_xlabel(spec["x"])
         ax.legend(fontsize=8)
 

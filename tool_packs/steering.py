@@ -302,7 +302,13 @@ def steer(
         labels={"strength": levels},
         rows=rows,
         lines=lines,
-        figure={"kind": "lines", "x": "strength", "panels": panels, "bands": bands},
+        figure={
+            "kind": "lines",
+            "x": "strength",
+            "panels": panels,
+            "bands": bands,
+            "units": [f"effect ({unit})", "log probability (nats a token)"],
+        },
         provenance=provenance(
             m,
             "steer",

@@ -1,12 +1,12 @@
-"""Activations are those that plain hooks read, whatever the batch; directions do what they say."""
+"""Activations are those that plain hooks read, whatever the batch."""
 
 import pytest
 import torch
 
 from tests.packs.tiny import ARCHITECTURES, TEXTS
-from tool_packs.activations import capture, difference, direction
+from tool_packs.activations import capture
 from tool_packs.engine import Intervention
-from tool_packs.errors import CaptureTooLarge, ModelError, TextError
+from tool_packs.errors import CaptureTooLarge, TextError
 
 EVERY = [*ARCHITECTURES, *(f"{name}-lora" for name in ARCHITECTURES)]
 CHAT = [
@@ -123,61 +123,3 @@ def test_capture_can_be_steered(llama):
     plain = capture(llama, TEXTS, 1)["resid_post"]
     steered = capture(llama, TEXTS, 1, steer=change)["resid_post"]
     assert torch.allclose(steered - plain, torch.full_like(plain, 3.0), atol=1e-5)
-
-
-def test_a_direction_of_a_planted_property_beats_its_nulls(llama):
-    pos = [f"she {x} is here" for x in ("cat", "dog", "nurse", "house", "hill", "mat")]
-    neg = [f"he {x} is here" for x in ("cat", "dog", "nurse", "house", "hill", "mat")]
-    r = direction(llama, pos, neg, position="all", seed=0)
-    assert r["auroc"].max() == 1.0
-    assert r["auroc_shuffled"].mean() < 0.75
-    x = capture(llama, pos, 2, "all")["resid_post"].nanmean(2).mean(0)
-    y = capture(llama, neg, 2, "all")["resid_post"].nanmean(2).mean(0)
-    assert torch.allclose(r["direction"][2], (x - y)[0], atol=1e-5)
-    again = direction(llama, pos, neg, position="all", seed=0)
-    assert torch.equal(r["auroc_shuffled"], again["auroc_shuffled"])
-
-
-def test_a_direction_between_like_texts_is_no_better_than_shuffled(llama):
-    words = ["cat", "dog", "nurse", "house", "hill", "mat", "doctor", "city"]
-    r = direction(llama, [f"the {w}" for w in words], [f"the {w} " for w in words][::-1], seed=3)
-    one = direction(llama, [f"a {w}" for w in words[:4]], [f"a {w}" for w in words[4:]], seed=3)
-    assert r.rows[0]["p"] <= 1
-    assert one.rows[0]["p"] > 0.05
-
-
-def test_pairs_that_differ_in_one_word_are_split_and_shuffled_as_pairs(llama):
-    places = ["cat", "dog", "nurse", "house", "hill", "mat", "doctor", "city"]
-    pos, neg = [f"{x} she" for x in places], [f"{x} he" for x in places]
-    r = direction(llama, pos, neg, seed=1)
-    unpaired = direction(llama, pos, neg[:-1], seed=1)
-    assert r.provenance.arguments["paired"] is True
-    assert unpaired.provenance.arguments["paired"] is False
-    # What the partners share cancels, so halves agree where only the topic differs between texts.
-    swapped = direction(llama, [f"she {x}" for x in places], [f"he {x}" for x in places], seed=1)
-    dealt = direction(llama, [f"she {x}" for x in places], [f"he {x}" for x in places[:-1]], seed=1)
-    assert swapped["split_cosine"].mean() > dealt["split_cosine"].mean()
-
-
-def test_a_direction_needs_four_texts_a_side(llama):
-    with pytest.raises(TextError, match="at least 4"):
-        direction(llama, TEXTS[:2], TEXTS)
-
-
-def test_difference_is_on_minus_off_and_knows_its_adapter(models):
-    m = models["llama-lora"]
-    texts = [TEXTS[1], TEXTS[3]]
-    r = difference(m, texts, positions=(0, 3), concepts={"x": torch.ones(m.width)})
-    on = capture(m, texts, "all", (0, 3))["resid_post"]
-    with m.base():
-        off = capture(m, texts, "all", (0, 3))["resid_post"]
-    assert torch.equal(r["difference"], (on - off).mean(0))
-    assert (r["norm_ratio"][-1] > 0.01).all()
-    want = torch.cosine_similarity(r["difference"], torch.ones(m.width), dim=-1)
-    assert torch.allclose(r["cosine"][..., 0], want, atol=1e-6)
-    assert "control" in r.summary()
-
-
-def test_difference_without_an_adapter_says_what_to_do(llama):
-    with pytest.raises(ModelError, match="adapter="):
-        difference(llama, TEXTS)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.packs.tiny import TEXTS
-from tool_packs.activations import capture, direction
+from tool_packs.activations import capture
 from tool_packs.anatomy import anatomy, tokenize
+from tool_packs.directions import direction
 from tool_packs.errors import ResultError
 from tool_packs.generation import generate, next_token
 from tool_packs.logit_lens import lens_vector, logit_lens
