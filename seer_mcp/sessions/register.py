@@ -195,7 +195,7 @@ class Register:
             self.config.runtime_dir / hashlib.sha256(handle.encode()).hexdigest()[:12],
             path.parent,
             (path,),
-            importable(self.packs),
+            self.packs.read().importable(),
         )
         write_json(state_dir / "record.json", session.record())
         attached = False
@@ -376,16 +376,3 @@ def release(*locks: Lock | None) -> None:
     for lock in locks:
         if lock is not None:
             lock.release()
-
-
-def importable(packs: Packs) -> dict[str, Path]:
-    """Import name -> file or folder: what a sandbox's kernel is given of the packs."""
-    found: dict[str, Path] = {}
-    for pack in packs.read().packs:
-        if (pack.folder / "__init__.py").is_file():
-            found[pack.folder.name] = pack.folder
-            continue
-        module = pack.folder / f"{pack.name}.py"
-        found[pack.name] = module if module.is_file() else pack.folder / pack.name
-        found.update({private.stem: private for private in pack.folder.glob("_*.py")})
-    return found
