@@ -20,6 +20,7 @@ from . import last_words
 
 Message = Dict[str, Any]
 HOST_PID = "JPY_PARENT_PID"  # in the environment of a kernel and what it starts (ipykernel's name)
+SLICE = 0.005  # seconds of listening after which requests get a turn
 CHANNELS = ("shell", "iopub", "control")
 
 
@@ -194,8 +195,12 @@ class Kernel:
 
     async def _receive(self, channel: str) -> None:
         socket = self._sockets[channel]
+        began = time.monotonic()
         while True:
             parts = await socket.recv_multipart()
+            if time.monotonic() - began > SLICE:  # a flood of messages must not starve requests
+                await asyncio.sleep(0)
+                began = time.monotonic()
             try:
                 _, signed = self._session.feed_identities(parts)
                 message = self._session.deserialize(signed)
