@@ -73,7 +73,8 @@ class Link:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        self._fail_waiting("this server let go of it")
+        self._gone = "this server let go of it"
+        self._fail_waiting(self._gone)
 
     async def request(self, op: str, timeout: float = 30.0, **fields: Any) -> dict[str, Any]:
         """Ask the host. Raises SandboxUnreachable, or the host's refusal as an error of ours."""

@@ -497,8 +497,8 @@ class Session:
             return
 
     def _linked(self) -> Link:
-        if self.ended is not None:
-            raise SandboxLost(self.handle, self.ended, str(self.notebook.path))
+        if self.ended is not None or self._ending is not None:
+            raise SandboxLost(self.handle, self.ended or self._closing_why, str(self.notebook.path))
         if self._link is None:
             raise SandboxUnreachable(
                 f"Sandbox {self.handle} is still starting. Try again in a moment."

@@ -14,7 +14,7 @@ from ..notebook import Cell
 from ..render import Answer
 from ..sessions import Register, Session
 from .answers import call, of_runs
-from .seam import heartbeat, owner, tool
+from .seam import Seconds, heartbeat, owner, tool
 
 SOURCE_CHARACTERS = 1_000_000
 
@@ -69,7 +69,7 @@ def tools(register: Register) -> list[Tool]:
         run: bool = True,
         after: str = "",
         at_top: bool = False,
-        wait: float = 45,
+        wait: Seconds = 45,
     ) -> CallToolResult:
         """Write a cell and, if it is code, run it at once (run=false only writes). It goes to the end, behind the cell
         `after`, or at_top. The answer has the cell's id and output; what takes longer than `wait` seconds (at most
@@ -98,7 +98,7 @@ def tools(register: Register) -> list[Tool]:
         find: str = "",
         replace: str = "",
         run: bool = False,
-        wait: float = 45,
+        wait: Seconds = 45,
     ) -> CallToolResult:
         """Change a cell: a whole new source, or replace the one place where `find` stands by `replace`; run=true runs
         it afterwards."""
@@ -157,7 +157,7 @@ def tools(register: Register) -> list[Tool]:
         context: Context[Any, Any],
         sandbox: str,
         cells: str,
-        wait: float = 45,
+        wait: Seconds = 45,
         stop_on_error: bool = True,
     ) -> CallToolResult:
         """Run one cell (its id), several (ids, in this order), or "all" code cells from the top. Each is reported. What

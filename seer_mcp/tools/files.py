@@ -16,7 +16,7 @@ from ..errors import BadInput
 from ..render import Answer, scaled
 from ..sessions import Register
 from .answers import call, of_run
-from .seam import heartbeat, owner, tool
+from .seam import Count, Seconds, heartbeat, owner, tool
 
 PAGE_BYTES = 16_000
 IMAGE_FILE_BYTES = 20_000_000
@@ -41,7 +41,7 @@ def size(count: int) -> str:
 
 def tools(register: Register) -> list[Tool]:
     async def run_command(
-        context: Context[Any, Any], sandbox: str, command: str, wait: float = 45
+        context: Context[Any, Any], sandbox: str, command: str, wait: Seconds = 45
     ) -> CallToolResult:
         """Run a shell command in the sandbox's folder, beside the kernel (it works while a cell
         runs). What takes longer than `wait` seconds runs on and is read with read_outputs."""
@@ -53,11 +53,9 @@ def tools(register: Register) -> list[Tool]:
         await session.wait([run], min(wait, register.config.max_wait), heartbeat(context))
         return (await of_run(session, run, time.monotonic() - began)).result()
 
-    async def read_file(sandbox: str, path: str, offset: int = 0) -> CallToolResult:
+    async def read_file(sandbox: str, path: str, offset: Count = 0) -> CallToolResult:
         """A file in the sandbox's folder: text by pages (offset in bytes), or an image to look at."""
         session = await register.get(sandbox, owner())
-        if offset < 0:
-            raise BadInput("offset", offset, "it counts bytes from 0")
         mime = next((kind for end, kind in IMAGES.items() if path.lower().endswith(end)), None)
         if mime and not offset:
             data, total = await read_whole(session, path)

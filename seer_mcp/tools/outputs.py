@@ -15,7 +15,7 @@ from ..notebook import UNFINISHED, Cell
 from ..render import TEXT_BUDGET, Answer, digest, exact_page, images_of, scaled
 from ..sessions import Register, RunInfo, Session
 from .answers import call, cell_line, notes, of_run, pieces_of, reading_on, run_meta
-from .seam import heartbeat, owner, tool
+from .seam import Count, Seconds, heartbeat, owner, tool
 
 PAGE = 16_000
 LARGE_SIDE = 2000
@@ -77,9 +77,9 @@ def tools(register: Register) -> list[Tool]:
         sandbox: str,
         cell: str = "",
         run: str = "",
-        wait: float = 45,
+        wait: Seconds = 45,
         cursor: str = "",
-        image: int = 0,
+        image: Count = 0,
     ) -> CallToolResult:
         """The output of a cell's last run, of a run or command by its id, or (neither given) of what runs now. Waits up
         to `wait` seconds for it to end. cursor reads one page of the exact text ("0:0" is the beginning); image=N
@@ -120,7 +120,7 @@ def tools(register: Register) -> list[Tool]:
         ).result()
 
     async def read_notebook(
-        sandbox: str, cells: str = "", outputs: bool = False, cursor: int = 0
+        sandbox: str, cells: str = "", outputs: bool = False, cursor: Count = 0
     ) -> CallToolResult:
         """The notebook: without `cells` an outline with each cell's id and state; with ids or "all" their sources, and
         with outputs=true their outputs."""

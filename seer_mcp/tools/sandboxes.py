@@ -16,7 +16,7 @@ from ..notebook import UNFINISHED
 from ..render import Answer
 from ..sessions import Register, Session
 from .answers import call, notes, run_meta, seconds
-from .seam import heartbeat, owner, tool
+from .seam import Minutes, heartbeat, owner, tool
 
 
 def sandbox_meta(session: Session) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def tools(register: Register) -> list[Tool]:
         notebook: str = "",
         fork: bool = False,
         python: str = "",
-        idle_minutes: float = 0,
+        idle_minutes: Minutes = 0,
     ) -> CallToolResult:
         """Start a sandbox: a machine with an IPython kernel, and a notebook that records everything. Returns the
         handle that other tools take as `sandbox`. notebook: open an existing .ipynb (runs nothing); fork: work on a

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Annotated, Any
 
 from mcp.server.auth.middleware.auth_context import get_access_token
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.tools import Tool
 from mcp.types import CallToolResult, ToolAnnotations
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ..errors import SeerError, show
 from ..render import Answer
@@ -21,6 +21,11 @@ LOCAL_OWNER = "local"
 ERROR_CHARACTERS = 8000
 
 Heartbeat = Callable[[str], Awaitable[None]]
+
+# NaN is no time to wait for, and what counts bytes is no larger than a file can be.
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Minutes = Annotated[float, Field(ge=0, le=525_600, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 def owner() -> str:

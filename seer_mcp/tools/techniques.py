@@ -15,7 +15,7 @@ from ..errors import BadInput
 from ..render import Answer
 from ..sessions import Register
 from .answers import of_runs
-from .seam import heartbeat, owner, tool
+from .seam import Seconds, heartbeat, owner, tool
 
 
 def model_cell(model: str, variable: str, options: dict[str, str]) -> str:
@@ -40,7 +40,7 @@ def tools(register: Register) -> list[Tool]:
         dtype: str = "",
         device_map: str = "",
         quantization: Literal["", "4bit", "8bit"] = "",
-        wait: float = 45,
+        wait: Seconds = 45,
     ) -> CallToolResult:
         """Load a language model with a visible cell, as variable `m`. model: a hub id, a folder in
         the sandbox, or a shipped model organism ("organism:base", "organism:user_female", …).
