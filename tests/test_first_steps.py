@@ -21,10 +21,22 @@ async def test_a_cell_runs_and_its_result_is_in_the_answer_and_in_the_notebook(l
 
 async def test_stop_leaves_the_notebook_and_no_process(lab: Lab) -> None:
     handle = await lab.start()
-    await lab.cell(handle, "import subprocess; p = subprocess.Popen(['sleep', '300'], start_new_session=True)")
+    await lab.cell(
+        handle, "import subprocess; p = subprocess.Popen(['sleep', '300'], start_new_session=True)"
+    )
     assert len(processes_of(handle)) >= 3
     path = await lab.notebook_path(handle)
     await lab.ok("stop_sandbox", sandbox=handle)
     assert processes_of(handle) == []
     assert path.exists()
-    assert "is gone (stopped by stop_sandbox)" in await lab.no("create_cell", sandbox=handle, source="1")
+    assert "is gone (stopped by stop_sandbox)" in await lab.no(
+        "create_cell", sandbox=handle, source="1"
+    )
+
+
+async def test_a_progress_bar_reads_as_its_last_state(lab: Lab) -> None:
+    handle = await lab.start()
+    bar = "from tqdm.auto import tqdm\nfor i in tqdm(range(56), desc='Loading'):\n    pass\nprint('done')"
+    text = text_of(await lab.cell(handle, bar))
+    assert "100%" in text and "56/56" in text and "done" in text
+    assert "0%|  " not in text

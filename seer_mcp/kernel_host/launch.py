@@ -5,13 +5,14 @@ What differs from `python -m ipykernel_launcher`:
 - what was printed is kept even if the kernel is killed before it was sent (see last_words.py);
 - what a thread prints belongs to the cell that started it, also while another cell runs;
 - text that is not valid Unicode (lone surrogates) is sent escaped, where ipykernel would lose it;
-- the connection file is not part of the IPython configuration: libraries that look there to
-  choose a widget progress bar choose a text one, which a reader of text can follow.
+- tqdm.auto draws its bars as text: a widget's state is in no output, and the bar would stay at 0 %.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib.abc
+import importlib.machinery
 import json
 import os
 import signal
@@ -106,10 +107,25 @@ def threads_belong_to_their_cell(shell: Any) -> None:
     threading.Thread._bootstrap_inner = begin_in_cell  # type: ignore
 
 
+class TextBars(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Answers `import tqdm.autonotebook` with tqdm's text bars."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "tqdm.autonotebook":
+            return None
+        return importlib.machinery.ModuleSpec(name, self)
+
+    def exec_module(self, module: Any) -> None:
+        import tqdm.std
+
+        module.tqdm, module.trange = tqdm.std.tqdm, tqdm.std.trange
+
+
 def main() -> None:
     die_with_parent()
     # A script's own folder heads sys.path; the kernel's user must not import from it.
     sys.path[0] = ""
+    sys.meta_path.insert(0, TextBars())
     from ipykernel.kernelapp import IPKernelApp
 
     app = IPKernelApp.instance(connection_file=sys.argv[1])
