@@ -10,11 +10,13 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import anyio
 from mcp.server import MCPServer
 from mcp.server.auth.provider import TokenVerifier
 from mcp.server.auth.settings import AuthSettings
+from mcp.server.connection import Connection
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ResourceNotFoundError, ToolError
 from mcp.server.subscriptions import InMemorySubscriptionBus
@@ -162,28 +164,26 @@ async def _found(register: Register, handle: str) -> Session:
 
 def add_notices(server: SeerServer, register: Register, bus: InMemorySubscriptionBus) -> None:
     """Update notices for notebooks and cells, about one a second, in both protocol eras."""
-    # 2025: who asked for which URI. A session that is gone drops out when it cannot be told.
-    subscribers: dict[str, set[Any]] = {}
+    # 2025: which connections asked for which URI. One that is gone drops out by itself. (A context's
+    # session is made anew for each request; the connection behind it is what stays.)
+    subscribers: dict[str, WeakSet[Connection]] = {}
     changed: dict[str, float] = {}
     tasks: set[asyncio.Task[None]] = set()
 
     async def subscribe(context: Any, params: SubscribeRequestParams) -> EmptyResult:
-        subscribers.setdefault(str(params.uri), set()).add(context.session)
+        subscribers.setdefault(str(params.uri), WeakSet()).add(context.session._connection)
         return EmptyResult()
 
     async def unsubscribe(context: Any, params: UnsubscribeRequestParams) -> EmptyResult:
-        subscribers.get(str(params.uri), set()).discard(context.session)
+        subscribers.get(str(params.uri), WeakSet()).discard(context.session._connection)
         return EmptyResult()
 
     async def announce(uri: str) -> None:
         await asyncio.sleep(max(0.0, changed[uri] + NOTICE_SECONDS - time.monotonic()))
         changed[uri] = time.monotonic()
         await bus.publish(ResourceUpdated(uri=uri))
-        for session in list(subscribers.get(uri, ())):
-            try:
-                await session.send_resource_updated(uri)
-            except (anyio.BrokenResourceError, anyio.ClosedResourceError):
-                subscribers[uri].discard(session)
+        for connection in list(subscribers.get(uri, ())):
+            await connection.send_resource_updated(uri)
 
     pending: set[str] = set()
 

@@ -38,7 +38,10 @@ class Folder:
             raise ValueError("%r is a folder; name a file in it" % path)
         if real in self.protected:
             raise ValueError("%r is the notebook itself; change it with edit_cell" % path)
-        os.makedirs(os.path.dirname(real), exist_ok=True)
+        try:
+            os.makedirs(os.path.dirname(real), exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError("%r: a part of this path is a file, not a folder" % path) from None
         content = base64.b64decode(data)
         if append:
             with open(real, "ab") as file:

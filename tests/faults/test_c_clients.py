@@ -101,7 +101,7 @@ async def test_c01_a_cancelled_start_leaves_nothing(place: Ground, way: str) -> 
                 await lab.ok("stop_sandbox", sandbox=handle)
                 before = place.files()
                 continue
-            await until(lambda: place.processes() == [] and place.files() == before, 20)
+            await until(lambda b=before: place.processes() == [] and place.files() == b, 20)
         assert "0 running" in await lab.ok("list_sandboxes")
         await lab.start(name="never")  # the name is free
 
@@ -224,7 +224,9 @@ def p99(times: list[float]) -> float:
     return sorted(times)[int(len(times) * 0.99)]
 
 
-async def test_c04_other_calls_are_answered_while_a_cell_runs(place: Ground) -> None:
+async def test_c04_other_calls_are_answered_while_a_cell_runs(
+    place: Ground, record_property: Any
+) -> None:
     async with (
         http_server(place.config()) as endpoint,
         endpoint.lab() as lab,
@@ -254,7 +256,7 @@ async def test_c04_other_calls_are_answered_while_a_cell_runs(place: Ground) -> 
     figures = {
         name: f"p99 {p99(seen) * 1000:.0f} ms of {len(seen)}" for name, seen in times.items()
     }
-    print(figures)
+    record_property("c04", figures)
     assert all(len(seen) > 20 for seen in times.values()), figures
     assert all(p99(seen) < 0.6 for seen in times.values()), (
         figures
@@ -518,9 +520,11 @@ async def test_c09_300_fuzzed_calls_are_all_answered(place: Ground, mode: str) -
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("mode", ERAS)
-async def test_c09_5000_fuzzed_calls_are_all_answered(place: Ground, mode: str) -> None:
+async def test_c09_5000_fuzzed_calls_are_all_answered(
+    place: Ground, mode: str, record_property: Any
+) -> None:
     outcomes = await fuzzed(place, 5000, seed=101 + ERAS.index(mode), mode=mode)
-    print(outcomes)
+    record_property("c09", outcomes)
     assert outcomes["isError"] > 1000, outcomes
 
 

@@ -1,0 +1,192 @@
+"""The HTTP endpoint: who may enter, and what everybody else is told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import httpx2
+import pytest
+
+from seer_mcp.errors import BadInput
+from seer_mcp.http import build_app
+
+from ..support import text_of
+from .ground import ERAS, TOKEN, Endpoint, Ground, http_server
+
+pytestmark = pytest.mark.anyio
+
+HELLO = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "method": "initialize",
+    "params": {
+        "protocolVersion": "2025-06-18",
+        "capabilities": {},
+        "clientInfo": {"name": "x", "version": "1"},
+    },
+}
+ACCEPT = {"Accept": "application/json, text/event-stream", "Content-Type": "application/json"}
+
+
+async def post(
+    endpoint: Endpoint, *, token: str | None = TOKEN, body: Any = None, **headers: str
+) -> httpx2.Response:
+    given = {
+        **ACCEPT,
+        **headers,
+        **({"Authorization": f"Bearer {token}"} if token is not None else {}),
+    }
+    async with httpx2.AsyncClient(timeout=20) as http:
+        if isinstance(body, bytes):
+            return await http.post(endpoint.url, content=body, headers=given)
+        return await http.post(endpoint.url, json=HELLO if body is None else body, headers=given)
+
+
+async def test_only_the_token_opens_the_endpoint(place: Ground) -> None:
+    async with http_server(place.config()) as endpoint:
+        assert (await post(endpoint)).status_code == 200
+        for wrong in (None, "x", TOKEN[:-1], TOKEN + "x", TOKEN.upper(), "Bearer " + TOKEN):
+            answer = await post(endpoint, token=wrong)
+            assert answer.status_code == 401, wrong
+            assert "www-authenticate" in answer.headers
+            for secret in (TOKEN, str(place.folder), "seer"):
+                assert secret not in answer.text, answer.text
+        answer = await post(endpoint, token=None, Authorization=f"Basic {TOKEN}")
+        assert answer.status_code == 401
+        answer = await post(endpoint, token=None, Cookie=f"token={TOKEN}")
+        assert answer.status_code == 401
+        async with httpx2.AsyncClient(timeout=20) as http:
+            for method in ("GET", "DELETE", "PUT", "OPTIONS", "HEAD"):
+                answer = await http.request(method, endpoint.url, headers=ACCEPT)
+                assert answer.status_code in (401, 405), (method, answer.status_code)
+            answer = await http.post(
+                f"{endpoint.url}?token={TOKEN}&access_token={TOKEN}", json=HELLO, headers=ACCEPT
+            )
+            assert answer.status_code == 401
+
+
+async def test_a_foreign_host_or_origin_is_refused(place: Ground) -> None:
+    async with http_server(place.config()) as endpoint:
+        port = endpoint.port
+        for host in (
+            "evil.example",
+            f"evil.example:{port}",
+            "127.0.0.1",
+            f"localhost.evil.example:{port}",
+            "0.0.0.0",
+        ):
+            assert (await post(endpoint, Host=host)).status_code == 421, host
+        for origin in (
+            "http://evil.example",
+            "null",
+            f"http://localhost.evil.example:{port}",
+            f"https://localhost:{port}",
+            f"http://localhost:{port + 1}",
+            f"http://localhost:{port}.evil.example",
+            "file://",
+        ):
+            assert (await post(endpoint, Origin=origin)).status_code == 403, origin
+        for host in (f"localhost:{port}", f"127.0.0.1:{port}"):
+            assert (await post(endpoint, Host=host, Origin=f"http://{host}")).status_code == 200
+
+
+def test_only_loopback_is_served(place: Ground) -> None:
+    for host in ("0.0.0.0", "::", "", "192.168.0.1", "example.org", "127.0.0.1.evil.example"):
+        with pytest.raises(BadInput, match="only loopback"):
+            build_app(place.config(), host, 8000, TOKEN)
+    for token in ("", "short", "with space in the middle of it", "x" * 19, "ümlaut" * 10):
+        with pytest.raises(BadInput, match="token"):
+            build_app(place.config(), "127.0.0.1", 8000, token)
+
+
+def test_the_command_line_refuses_another_host(place: Ground) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "seer_mcp.cli",
+        "serve",
+        "--host",
+        "0.0.0.0",
+        "--state",
+        str(place.folder / "s"),
+    ]
+    env = {**os.environ, "CLAUDE_PROJECT_DIR": str(place.project)}
+    done = subprocess.run(
+        command, env=env, cwd=place.project, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "only loopback" in done.stderr and "Traceback" not in done.stderr
+
+
+async def test_malformed_bodies_are_client_errors(place: Ground) -> None:
+    async with http_server(place.config()) as endpoint:
+        bodies: list[Any] = [
+            b"",
+            b"{",
+            b"null",
+            b"[]",
+            b"3",
+            b'"x"',
+            b"\xff\xfe",
+            b"[" * 100_000,
+            {},
+            {"jsonrpc": "1"},
+        ]
+        bodies += [
+            {"jsonrpc": "2.0", "id": 1, "method": "no/such"},
+            {"jsonrpc": "2.0", "id": {}, "method": "ping"},
+        ]
+        bodies += [
+            {**HELLO, "params": 3},
+            {**HELLO, "params": None},
+            {**HELLO, "id": None},
+            [HELLO, HELLO],
+        ]
+        for body in bodies:
+            answer = await post(endpoint, body=body)
+            assert answer.status_code < 500, (body, answer.status_code, answer.text)
+        big = await post(endpoint, body=b'{"x": "' + b"a" * (8 * 1024 * 1024) + b'"}')
+        assert big.status_code == 413
+        assert (await post(endpoint)).status_code == 200
+
+
+@pytest.mark.parametrize("mode", ERAS)
+async def test_both_protocol_eras_work_over_http(place: Ground, mode: str) -> None:
+    async with http_server(place.config()) as endpoint, endpoint.lab(mode) as lab:
+        modern = lab.client.protocol_version.startswith("2026")
+        assert modern == (mode == "auto")
+        handle = await lab.start()
+        assert text_of(await lab.cell(handle, "40 + 2")).endswith("42")
+
+
+async def test_a_busy_port_is_said_and_the_exit_is_clean(place: Ground) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [
+            sys.executable,
+            "-m",
+            "seer_mcp.cli",
+            "serve",
+            "--port",
+            port,
+            "--state",
+            str(place.folder / "s"),
+        ]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env={**os.environ, "CLAUDE_PROJECT_DIR": str(place.project)},
+            cwd=place.project,
+            stderr=subprocess.PIPE,
+        )
+        async with asyncio.timeout(60):
+            _, stderr = await process.communicate()
+    assert process.returncode not in (0, None)
+    assert b"address already in use" in stderr.lower(), stderr
+    assert b"Traceback" not in stderr, stderr
