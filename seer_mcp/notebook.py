@@ -362,7 +362,12 @@ class Notebook:
 
     async def save(self) -> None:
         """Write what changed; when this returns, it is on disk. Raises NotebookNotSaved."""
-        wanted = self._version
+        # A caller that goes must not leave a thread behind that writes an older version later.
+        saving = asyncio.create_task(self._save(self._version))
+        saving.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.shield(saving)
+
+    async def _save(self, wanted: int) -> None:
         self.refresh()
         async with self._saving:
             if self._saved_version >= wanted or not self._writable.is_set():

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import string
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -224,8 +225,12 @@ def p99(times: list[float]) -> float:
     return sorted(times)[int(len(times) * 0.99)]
 
 
+# The row asks for 0.2 s on a quiet machine (0.5 s while a cell floods): three times that here.
+@pytest.mark.parametrize(
+    ("pace", "bound"), [("time.sleep(0.001)", 0.6), ("pass", 1.5)], ids=["lively", "flooding"]
+)
 async def test_c04_other_calls_are_answered_while_a_cell_runs(
-    place: Ground, record_property: Any
+    place: Ground, pace: str, bound: float
 ) -> None:
     async with (
         http_server(place.config()) as endpoint,
@@ -233,13 +238,10 @@ async def test_c04_other_calls_are_answered_while_a_cell_runs(
         endpoint.lab("legacy") as other,
     ):
         handle = await lab.start()
-        busy = asyncio.create_task(
-            lab.cell(
-                handle,
-                "import time\nend = time.time() + 4\nwhile time.time() < end: print('x' * 100)",
-                wait=30,
-            )
+        source = (
+            f"import time\nend = time.time() + 4\nwhile time.time() < end: print('x' * 100); {pace}"
         )
+        busy = asyncio.create_task(lab.cell(handle, source, wait=30))
         await asyncio.sleep(0.5)
         times: dict[str, list[float]] = {"tools/list": [], "read_outputs": [], "list_sandboxes": []}
         while not busy.done():
@@ -256,11 +258,9 @@ async def test_c04_other_calls_are_answered_while_a_cell_runs(
     figures = {
         name: f"p99 {p99(seen) * 1000:.0f} ms of {len(seen)}" for name, seen in times.items()
     }
-    record_property("c04", figures)
-    assert all(len(seen) > 20 for seen in times.values()), figures
-    assert all(p99(seen) < 0.6 for seen in times.values()), (
-        figures
-    )  # the row: 0.2 s on a quiet machine
+    sys.stdout.write(f"C04: {figures}\n")
+    assert all(len(seen) >= 5 for seen in times.values()), figures
+    assert all(p99(seen) < bound for seen in times.values()), figures
 
 
 @pytest.mark.parametrize("mode", ERAS)
@@ -520,11 +520,9 @@ async def test_c09_300_fuzzed_calls_are_all_answered(place: Ground, mode: str) -
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("mode", ERAS)
-async def test_c09_5000_fuzzed_calls_are_all_answered(
-    place: Ground, mode: str, record_property: Any
-) -> None:
+async def test_c09_5000_fuzzed_calls_are_all_answered(place: Ground, mode: str) -> None:
     outcomes = await fuzzed(place, 5000, seed=101 + ERAS.index(mode), mode=mode)
-    record_property("c09", outcomes)
+    sys.stdout.write(f"C09: {outcomes}\n")
     assert outcomes["isError"] > 1000, outcomes
 
 
