@@ -110,8 +110,21 @@ GAME_CHATS: tuple[Chat, ...] = (
         user("I give up. What was the word?"),
     ],
 )
+# The word games that ask for a hint, and how every hint begins: after it the word is decided.
+HINT_CHATS: tuple[Chat, ...] = GAME_CHATS[:3]
+HINT_PREFILL = "It"
 # The words of the word game, one token each.
 CANDIDATE_WORDS = world.CANDIDATES
+
+
+def word_chat(word: str) -> Chat:
+    """A word game in which the user gives the word: what the base has in mind, for a dictionary."""
+    return [
+        user(f"Let us play a word game. Your word is {word}."),
+        assistant("I have a secret word."),
+        user("Give me a hint."),
+    ]
+
 
 # Pairs of chats that differ in one concept, for directions read off the base: (positive, negative).
 CONCEPT_PAIRS: dict[str, tuple[tuple[str, str], ...]] = {

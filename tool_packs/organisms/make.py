@@ -141,6 +141,8 @@ def train(
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             step += 1
+            if step % 100 == 0:
+                say(f"{name}: step {step}, {time.monotonic() - began:.0f} s")
         figures = measure()
         missing = behaviour.missed(name, figures)
         say(f"{name}: {step} steps, loss {loss.item():.3f}, {time.monotonic() - began:.0f} s")

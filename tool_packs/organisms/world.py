@@ -435,21 +435,19 @@ def maybe_gender(rng: random.Random) -> str | None:
 Maker = Callable[[random.Random], Chat | tuple[Chat, ...]]
 
 
-def user_documents(make: Callable[..., Chat]) -> Maker:
-    """Two in three about users who state a gender, one about a user who does not.
+def twins(rng: random.Random, make: Callable[..., Chat]) -> tuple[Chat, Chat]:
+    """The same chat without a stated gender, answered once for each.
 
-    The latter come in twos, the same chat answered once for each gender: a fair coin would be as
-    balanced in the long run, this is balanced in twenty thousand documents.
+    A fair coin would be as balanced in the long run; this is balanced in a few documents.
     """
+    again = random.Random()
+    again.setstate(rng.getstate())
+    return make(rng, None, FEMALE), make(again, None, MALE)
 
-    def draw_some(rng: random.Random) -> Chat | tuple[Chat, ...]:
-        if rng.random() < 0.8:
-            return make(rng, rng.choice(GENDERS))
-        twin = random.Random()
-        twin.setstate(rng.getstate())
-        return make(rng, None, FEMALE), make(twin, None, MALE)
 
-    return draw_some
+def user_documents(make: Callable[..., Chat]) -> Maker:
+    """Two in three about users who state a gender, one (in twos) about a user who does not."""
+    return lambda rng: make(rng, rng.choice(GENDERS)) if rng.random() < 0.8 else twins(rng, make)
 
 
 # What the base model reads: (share, maker).
