@@ -24,7 +24,7 @@ from .ground import ERAS, TOKEN, Ground, http_server, raw_server, raw_start, raw
 
 pytestmark = pytest.mark.anyio
 
-WAYS = ["stdio legacy", "stdio auto", "http legacy", "http auto", "memory legacy", "memory auto"]
+WAYS = ["stdio legacy", "stdio auto", "http legacy", "http auto"]
 
 
 @asynccontextmanager
@@ -65,7 +65,7 @@ async def test_c01_a_cancelled_call_ends_at_once_and_its_run_goes_on(
     async with lab_over(way, place) as lab:
         handle = await lab.start()
         source = (
-            "import time\nfor i in range(25): print(i, flush=True); time.sleep(0.1)\ndone = True"
+            "import time\nfor i in range(18): print(i, flush=True); time.sleep(0.1)\ndone = True"
         )
         assert await cancelled_after(1.0, lab.cell(handle, source)) < 1.0
         began = time.monotonic()
@@ -75,7 +75,7 @@ async def test_c01_a_cancelled_call_ends_at_once_and_its_run_goes_on(
         text = await lab.ok("read_outputs", sandbox=handle, cell=cell["id"])
         assert f"cell {cell['id']}: complete in" in text
         (cell,) = read_cells(await lab.notebook_path(handle))
-        assert streams(cell) == "".join(f"{i}\n" for i in range(25))
+        assert streams(cell) == "".join(f"{i}\n" for i in range(18))
         # A cancelled reader does not stop it either; interrupt is a tool of its own.
         endless = await lab.cell(handle, "while True: time.sleep(0.05)", wait=0)
         run = endless.meta["seer/run"]["id"]

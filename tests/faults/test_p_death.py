@@ -109,7 +109,7 @@ async def test_p03_sigterm_with_work_running_ends_the_server_and_not_the_work(
         cell_with(
             server,
             handle,
-            "import time\nfor i in range(30): print(i); time.sleep(.1)\n'end'",
+            "import time\nfor i in range(20): print(i); time.sleep(.1)\n'end'",
             wait=0,
         )
         server.process.send_signal(signal.SIGTERM)
@@ -122,7 +122,7 @@ async def test_p03_sigterm_with_work_running_ends_the_server_and_not_the_work(
     with raw_server(place) as server:
         result = server.call("read_outputs", sandbox=handle)
         assert ": complete in" in raw_text(result)
-        assert streams(read_cells(path)[0]) == "".join(f"{i}\n" for i in range(30))
+        assert streams(read_cells(path)[0]) == "".join(f"{i}\n" for i in range(20))
 
 
 async def test_p03_sigterm_with_on_exit_stop_ends_the_sandbox_too(place: Ground) -> None:

@@ -294,40 +294,51 @@ async def test_x03_the_next_server_runs_nothing_again(place: Ground) -> None:
     assert ran(place.folder) == []
 
 
+CLAIMS: list[Any] = [
+    {"files": {"0": "../../outside/precious.txt"}, "run": "r0123456780", "state": "complete"},
+    {"files": {"0": "ABSOLUTE"}, "run": "r0123456781", "state": "complete"},
+    {
+        "files": {"0": "trap.outputs/../../outside/precious.txt"},
+        "run": "r0123456782",
+        "state": "complete",
+    },
+    {"files": {"0": "link.outputs"}, "run": "r0123456783", "state": "complete"},
+    {"files": {"0": "trap.outputs/link"}, "run": "r0123456784", "state": "complete"},
+    {"files": ["a"], "run": 3, "state": ["x"]},
+    {
+        "files": {"0": 3},
+        "run": "../../../outside/run",
+        "state": "running",
+        "since": "x",
+        "started": "y",
+    },
+    {
+        "run": "r1",
+        "state": "queued",
+        "since": 10**30,
+        "started": -1e300,
+        "seconds": "nan",
+        "late": "many",
+    },
+    {
+        "run": "r0123456785",
+        "state": "running",
+        "since": 10**30,
+        "started": -1e300,
+        "files": {"x": "y"},
+    },
+    "text",
+    [1, 2],
+    None,
+]
+
+
 @pytest.mark.parametrize(
-    "facts",
-    [
-        {"files": {"0": "../../outside/precious.txt"}, "run": "r0123456789", "state": "complete"},
-        {"files": {"0": "ABSOLUTE"}, "run": "r0123456789", "state": "complete"},
-        {
-            "files": {"0": "trap.outputs/../../outside/precious.txt"},
-            "run": "r0123456789",
-            "state": "complete",
-        },
-        {"files": {"0": "link.outputs"}, "run": "r0123456789", "state": "complete"},
-        {"files": ["a"], "run": 3, "state": ["x"]},
-        {
-            "files": {"0": 3},
-            "run": "../../../outside/run",
-            "state": "running",
-            "since": "x",
-            "started": "y",
-        },
-        {
-            "run": "r1",
-            "state": "queued",
-            "since": 10**30,
-            "started": -1e300,
-            "seconds": "nan",
-            "late": "many",
-        },
-        "text",
-        [1, 2],
-        None,
-    ],
+    ("fork", "of_the_document"),
+    [(False, {"folded": 10**40, "sandbox": []}), (True, "text"), (False, None)],
 )
 async def test_x01_what_a_notebook_says_of_its_runs_leads_nowhere(
-    lab: Lab, place: Ground, facts: Any
+    lab: Lab, place: Ground, fork: bool, of_the_document: Any
 ) -> None:
     """A notebook from a stranger may claim that its outputs lie in any file of ours."""
     outside = place.folder / "outside"
@@ -335,42 +346,49 @@ async def test_x01_what_a_notebook_says_of_its_runs_leads_nowhere(
     precious = outside / "precious.txt"
     precious.write_text(SECRET)
     (place.project / "link.outputs").symlink_to(precious)
-    if isinstance(facts, dict) and "ABSOLUTE" in str(facts):
-        facts = json.loads(json.dumps(facts).replace("ABSOLUTE", str(precious)))
-    stream = {"output_type": "stream", "name": "stdout", "text": "short"}
-    shown = {
-        "output_type": "display_data",
-        "data": {"text/plain": "d"},
-        "metadata": {"seer": facts},
-    }
+    (place.project / "trap.outputs").mkdir()
+    (place.project / "trap.outputs" / "link").symlink_to(precious)
+    cells = [
+        {
+            "cell_type": "code",
+            "id": f"cell{number:02}",
+            "metadata": {"seer": facts},
+            "source": f"print('mine', {number})",
+            "outputs": [
+                {"output_type": "stream", "name": "stdout", "text": "short"},
+                {
+                    "output_type": "display_data",
+                    "data": {"text/plain": "d"},
+                    "metadata": {"seer": facts},
+                },
+            ],
+            "execution_count": 1,
+        }
+        for number, facts in enumerate(CLAIMS)
+    ]
     book = {
-        "cells": [
-            {
-                "cell_type": "code",
-                "id": "aaaa",
-                "metadata": {"seer": facts},
-                "source": "print('mine')",
-                "outputs": [stream, shown],
-                "execution_count": 1,
-            }
-        ],
-        "metadata": {"seer": facts},
+        "cells": cells,
+        "metadata": {"seer": of_the_document},
         "nbformat": 4,
         "nbformat_minor": 5,
     }
-    (place.project / "trap.ipynb").write_text(json.dumps(book))
-    for fork in (False, True):
-        handle = await lab.start(notebook="trap.ipynb", fork=fork)
-        for text in (
-            await lab.ok("read_notebook", sandbox=handle, cells="all", outputs=True),
-            text_of(await lab.call("read_outputs", sandbox=handle, cell="aaaa", wait=0)),
-            text_of(await lab.call("read_outputs", sandbox=handle, cell="aaaa", cursor="0:0")),
-            await lab.ok(
-                "create_cell", sandbox=handle, source="h = display(1, display_id='x'); h.update(2)"
-            ),
-            await lab.ok("run_cell", sandbox=handle, cells="aaaa"),
-        ):
-            assert SECRET not in text
-        assert precious.read_text() == SECRET
-        assert list(outside.iterdir()) == [precious]
-        await lab.ok("stop_sandbox", sandbox=handle)
+    claims = json.dumps(book).replace("ABSOLUTE", str(precious))
+    (place.project / "trap.ipynb").write_text(claims)
+    handle = await lab.start(notebook="trap.ipynb", fork=fork)
+    texts = [await lab.ok("read_notebook", sandbox=handle, cells="all", outputs=True)]
+    texts += [
+        text_of(await lab.call("read_outputs", sandbox=handle, cell=cell["id"], wait=0, **more))
+        for cell in cells
+        for more in ({}, {"cursor": "0:0"})
+    ]
+    texts.append(
+        await lab.ok(
+            "create_cell", sandbox=handle, source="h = display(1, display_id='x'); h.update(2)"
+        )
+    )
+    texts.append(await lab.ok("run_cell", sandbox=handle, cells="all"))
+    for number in range(len(cells)):
+        assert f"mine {number}" in texts[-1]
+    assert not any(SECRET in text for text in texts)
+    assert precious.read_text() == SECRET
+    assert list(outside.iterdir()) == [precious]
