@@ -68,6 +68,7 @@ class Link:
 
     def open(self) -> None:
         self._task = asyncio.create_task(self._stay_connected(), name="kernel link")
+        self._task.add_done_callback(self._stopped)
 
     async def close(self) -> None:
         if self._task is not None:
@@ -172,6 +173,16 @@ class Link:
                         f"The line to the sandbox broke during {message['op']!r}; look before you repeat it."
                     )
                 )
+
+    def _stopped(self, task: asyncio.Task[None]) -> None:
+        """A failure of ours while following: said in every answer, so that nobody waits for ever."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        self._gone = f"this server can no longer follow it: {error!r}; restart the server to go on"
+        self._caught_up.set()
+        self._fail_waiting(self._gone)
+        context = {"message": "the link to a sandbox failed", "exception": error}
+        task.get_loop().call_exception_handler(context)
 
     def _lose(self, why: str) -> None:
         self._gone = why

@@ -75,6 +75,13 @@ def escape_surrogates(value: Any) -> Any:
     return value
 
 
+def of_type(kind: type, value: Any) -> Any:
+    """The value, if the protocol allows it; TypeError else (the message is passed over)."""
+    if not isinstance(value, kind):
+        raise TypeError("not a %s: %.100r" % (kind.__name__, value))
+    return value
+
+
 def clipped(value: Any, limit: int) -> Any:
     """The value with every text in it shortened to about `limit` characters."""
     if isinstance(value, str) and len(value) > limit:
@@ -286,19 +293,25 @@ class Host:
         if run is None or run.kind != "cell":
             return
         if kind == "stream":
-            self._stream(run, content["name"], content["text"])
+            self._stream(run, content["name"], of_type(str, content["text"]))
         elif kind in ("display_data", "execute_result", "update_display_data"):
             event = {
                 "type": {"display_data": "display", "execute_result": "result"}.get(kind, "update"),
-                "data": content["data"],
-                "metadata": content.get("metadata", {}),
+                "data": of_type(dict, content["data"]),
+                "metadata": of_type(dict, content.get("metadata", {})),
                 "display_id": content.get("transient", {}).get("display_id"),
             }
             if kind == "execute_result":
-                event["count"] = content["execution_count"]
+                event["count"] = of_type(int, content["execution_count"])
             self._output(run, event, len(json.dumps(content["data"])))
         elif kind == "error":
-            self._output(run, {"type": "error", **clipped(content, ERROR_PIECE)}, 0)
+            event = {
+                "type": "error",
+                "ename": of_type(str, content["ename"]),
+                "evalue": of_type(str, content["evalue"]),
+                "traceback": of_type(list, content["traceback"]),
+            }
+            self._output(run, clipped(event, ERROR_PIECE), 0)
         elif kind == "clear_output":
             self._output(run, {"type": "clear", "wait": bool(content.get("wait"))}, 0)
 
