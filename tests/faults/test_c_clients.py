@@ -92,7 +92,7 @@ async def test_c01_a_cancelled_start_leaves_nothing(place: Ground, way: str) -> 
     async with lab_over(way, place) as lab:
         await lab.ok("list_sandboxes")
         before = place.files()
-        for _ in range(5):
+        for _ in range(4):
             task = asyncio.create_task(lab.call("start_sandbox", name="never"))
             await asyncio.sleep(moments.uniform(0.0, 0.5))
             task.cancel()
@@ -126,7 +126,7 @@ async def test_c01_a_cancelled_list_does_not_lose_a_sandbox_that_is_found_again(
 ) -> None:
     with raw_server(place) as server:
         handles = [raw_start(server) for _ in range(3)]
-    for pause in (0.0, 0.001, 0.003, 0.01, 0.03):
+    for pause in (0.0, 0.003, 0.03):
         async with lab_over("memory legacy", place) as lab:
             task = asyncio.create_task(lab.call("list_sandboxes"))
             await asyncio.sleep(pause)
@@ -238,9 +238,7 @@ async def test_c04_other_calls_are_answered_while_a_cell_runs(
         endpoint.lab("legacy") as other,
     ):
         handle = await lab.start()
-        source = (
-            f"import time\nend = time.time() + 4\nwhile time.time() < end: print('x' * 100); {pace}"
-        )
+        source = f"import time\nend = time.time() + 2.5\nwhile time.time() < end: print('x' * 100); {pace}"
         busy = asyncio.create_task(lab.cell(handle, source, wait=30))
         await asyncio.sleep(0.5)
         times: dict[str, list[float]] = {"tools/list": [], "read_outputs": [], "list_sandboxes": []}
@@ -511,10 +509,10 @@ async def fuzzed(place: Ground, calls: int, seed: int, mode: str) -> dict[str, i
     return outcomes
 
 
-@pytest.mark.parametrize("mode", ERAS)
-async def test_c09_300_fuzzed_calls_are_all_answered(place: Ground, mode: str) -> None:
-    outcomes = await fuzzed(place, 300, seed=11 + ERAS.index(mode), mode=mode)
-    assert outcomes["isError"] > 100, outcomes
+@pytest.mark.parametrize(("mode", "calls"), [("legacy", 400), ("auto", 200)])
+async def test_c09_600_fuzzed_calls_are_all_answered(place: Ground, mode: str, calls: int) -> None:
+    outcomes = await fuzzed(place, calls, seed=11 + ERAS.index(mode), mode=mode)
+    assert outcomes["isError"] > calls / 2, outcomes
 
 
 @pytest.mark.slow

@@ -33,16 +33,25 @@ def notebook_of(place: Ground, handle: str) -> Any:
 
 
 def killed_in_mid_cell(place: Ground, trials: int, seed: int) -> int:
-    """Kill the server at random moments of 200-line cells; how many of all lines were lost."""
+    """Kill the server at random moments of 200-line cells; how many of all lines were lost.
+
+    Each server looks after the run in which the one before it was killed.
+    """
     moment = random.Random(seed)
-    lost = 0
+    lost = seen = 0
     with raw_server(place) as server:
         handle = raw_start(server, name="kept")
         assert not cell_with(server, handle, "import time; executions = []").get("isError")
     path = notebook_of(place, handle)
-    ids: list[str] = []
-    for trial in range(trials):
+    for trial in range(trials + 1):
         with raw_server(place) as server:
+            if trial:
+                found = looked_after(server, handle, path, trial - 1)
+                seen += found is not None
+                lost += found or 0
+            if trial == trials:
+                server.call("stop_sandbox", sandbox=handle)
+                break
             source = (
                 f"executions.append({trial})\n"
                 f"for i in range({LINES}):\n    print('t{trial}', i)\n    time.sleep(0.004)\n"
@@ -55,40 +64,35 @@ def killed_in_mid_cell(place: Ground, trials: int, seed: int) -> int:
             os.kill(server.process.pid, signal.SIGKILL)
             server.process.wait(10)
         nbformat.validate(nbformat.read(path, as_version=4))
-        written = [
-            c["id"]
-            for c in read_cells(path)
-            if f"executions.append({trial})\n" in "".join(c["source"])
-        ]
-        with raw_server(place) as server:
-            if not written:  # killed before the cell was written: then it must not have run either
-                seen = raw_text(cell_with(server, handle, f"{trial} in executions"))
-                assert seen.endswith("False"), seen
-                continue
-            (cell,) = written
-            ids.append(cell)
-            result = server.call("read_outputs", sandbox=handle, cell=cell)
-            head = raw_text(result).splitlines()[0]
-            if "was not run" in head:  # the kernel never heard of it: said so, and true
-                seen = raw_text(cell_with(server, handle, f"{trial} in executions"))
-                assert seen.endswith("False"), seen
-                continue
-            assert head.startswith(f"cell {cell}: complete"), head
-            assert not result.get("isError")
-            (saved,) = (c for c in read_cells(path) if c["id"] == cell)
-            expected = "".join(f"t{trial} {i}\n" for i in range(LINES))
-            got = streams(saved)
-            lost += LINES - len(set(got.splitlines()) & set(expected.splitlines()))
-            assert got == expected
-            assert saved["metadata"]["seer"]["state"] == "complete"
-            check = f"assert executions.count({trial}) == 1 and mark_{trial} == {trial}; 'kept'"
-            answer = cell_with(server, handle, check)
-            assert not answer.get("isError"), raw_text(answer)
-    assert ids, "no trial got as far as a cell"
-    with raw_server(place) as server:
-        server.call("stop_sandbox", sandbox=handle)
+    assert seen, "no trial got as far as a run"
     assert processes_of(handle) == []
     return lost
+
+
+def looked_after(server: RawServer, handle: str, path: Path, trial: int) -> int | None:
+    """How many lines of a trial are missing; None if the kernel never heard of it, which must be said."""
+    server.call("list_sandboxes")
+    begin = f"executions.append({trial})\n"
+    written = [c["id"] for c in read_cells(path) if "".join(c["source"]).startswith(begin)]
+    head = ""
+    if written:
+        result = server.call("read_outputs", sandbox=handle, cell=written[0])
+        head = raw_text(result).splitlines()[0]
+    if not written or "was not run" in head:
+        answer = raw_text(cell_with(server, handle, f"{trial} in executions"))
+        assert answer.endswith("False"), answer
+        return None
+    assert head.startswith(f"cell {written[0]}: complete"), head
+    (saved,) = (c for c in read_cells(path) if c["id"] == written[0])
+    assert saved["metadata"]["seer"]["state"] == "complete"
+    expected = [f"t{trial} {i}" for i in range(LINES)]
+    got = streams(saved).splitlines()
+    missing = LINES - len(set(got) & set(expected))
+    assert missing or got == expected
+    check = f"assert executions.count({trial}) == 1 and mark_{trial} == {trial}; 'kept'"
+    answer = cell_with(server, handle, check)
+    assert not answer.get("isError"), raw_text(answer)
+    return missing
 
 
 def test_p01_a_killed_server_loses_no_line_and_runs_nothing_twice(place: Ground) -> None:
