@@ -64,7 +64,11 @@ class Ground:
     def files(self) -> set[str]:
         """Records, sockets, notebooks and empty folders, by path."""
         roots = (self.folder / "state" / "sandboxes", self.sockets, self.project)
-        return {str(path) for root in roots if root.exists() for path in root.rglob("*")}
+        # os.walk passes over a folder that vanishes meanwhile; Path.rglob would raise.
+        walks = (walk for root in roots for walk in os.walk(root))
+        return {
+            os.path.join(folder, n) for folder, folders, files in walks for n in folders + files
+        }
 
     def kill_all(self) -> None:
         for process in self.processes():
