@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -270,6 +271,19 @@ class Notebook:
                 cell.note(state="sandbox_lost", why="its sandbox is gone", since=None)
             if cell.seer.get("run"):
                 cell.note(earlier=True)
+
+    def copy_long_outputs(self, source: Path) -> None:
+        """For a copy of the notebook `source`: take along the files of its long outputs."""
+        for cell in self.cells:
+            taken: dict[str, str] = {}
+            for index, name in cell.seer.get("files", {}).items():
+                old = source.parent / name
+                if old.is_file():
+                    self.outputs_dir.mkdir(exist_ok=True)
+                    shutil.copyfile(old, self.outputs_dir / old.name)
+                    taken[index] = f"{self.outputs_dir.name}/{old.name}"
+            if "files" in cell.seer:
+                cell.note(files=taken)
 
     def finish(self, run: str, state: str, why: str) -> None:
         """End a run whose end the kernel host cannot tell any more."""

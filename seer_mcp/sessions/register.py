@@ -187,6 +187,8 @@ class Register:
         document = Notebook(path, cells, metadata)
         document.hold()  # a sandbox that does not start leaves the file as it was
         document.forget_runs()
+        if source and fork:
+            await asyncio.to_thread(document.copy_long_outputs, source)
         session = Session(handle, name, owner, spec.backend, document, state_dir, lock, time.time())
         session.notebook_lock = notebook_lock
         place = Place(
@@ -270,6 +272,11 @@ class Register:
             raise NotFound(
                 "sandbox", handle, mine, "list_sandboxes shows what runs; start_sandbox starts one."
             )
+        if session.unread:
+            path = session.notebook.path
+            cells, metadata = read_notebook(path) if path.exists() else ([], None)
+            session.notebook = Notebook(path, cells, metadata)
+            session.unread = False
         session.notebook.refresh()
         return session
 
@@ -318,8 +325,14 @@ class Register:
             lock.release()
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        notebook_lock = self._lock_notebook(path) if ended is None else None
-        if ended is None and notebook_lock is None:
+        if ended is not None:
+            past = Session(handle, name, owner, backend_name, Notebook(path), folder, lock, created)
+            past.ended, past.unread = str(ended), True
+            past.release()
+            self._sessions[handle] = past
+            return None
+        notebook_lock = self._lock_notebook(path)
+        if notebook_lock is None:
             lock.release()
             return f"{handle}: its notebook {path} is open in another sandbox; stop that one first."
         try:
@@ -333,11 +346,6 @@ class Register:
         session.notebook_lock = notebook_lock
         session.on_change = lambda s, cell: self.on_change(s, cell)
         session.on_end = self._ended
-        if ended is not None:
-            session.ended = str(ended)
-            session.release()
-            self._sessions[handle] = session
-            return None
         try:
             backend = self.backend(backend_name)
             if sandbox_record:
@@ -348,6 +356,9 @@ class Register:
         except SandboxUnreachable as error:
             release(lock, notebook_lock)
             return f"{handle}: {error}"
+        except (SeerError, KeyError, TypeError, ValueError) as error:
+            release(lock, notebook_lock)
+            return f"{handle}: its record names no sandbox ({error!r}); remove {folder} when nothing of it runs."
         if sandbox is None:
             await session.declare_lost("it ended while no server was there")
         else:

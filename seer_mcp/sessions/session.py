@@ -84,6 +84,8 @@ class Session:
         self.generation = 0
         self.ended: str | None = None
         """Why the sandbox is gone, or None while it lives."""
+        self.unread = False
+        """It ended long ago: its notebook is read when somebody asks for it."""
         self.lost_bytes = 0
         """Bytes of output that the host could not keep because its disk was full."""
         self.on_change: Callable[[Session, str], None] = lambda session, cell: None

@@ -27,7 +27,7 @@ def sandbox_meta(session: Session) -> dict[str, Any]:
         "notebook": str(session.notebook.path),
         "ended": session.ended,
         "kernel": session.kernel_state,
-        "cells": len(session.notebook.cells),
+        "cells": None if session.unread else len(session.notebook.cells),
     }
 
 

@@ -1,0 +1,57 @@
+"""What remains of a sandbox can be opened again: as a fork, or by the handle of one that ended."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .support import Lab, open_lab, stdio_lab, text_of
+
+pytestmark = pytest.mark.anyio
+LONG = "print('é' * 50_000, 'the end')\nfor i in range(20_000): print(i)"
+
+
+async def test_a_fork_keeps_long_outputs_whole(lab: Lab) -> None:
+    first = await lab.start(name="long")
+    await lab.cell(first, LONG)
+    path = await lab.notebook_path(first)
+    fork = await lab.start(name="copy", notebook=str(path), fork=True)
+    cell = (await lab.call("read_notebook", sandbox=fork)).meta["seer/cells"][0]["id"]
+    pages, cursor = "", "0:0"
+    while cursor:
+        page = await lab.call("read_outputs", sandbox=fork, cell=cell, cursor=cursor)
+        pages += page.content[1].text
+        cursor = page.meta["seer/page"]["next"]
+    assert pages == "é" * 50_000 + " the end\n" + "".join(f"{i}\n" for i in range(20_000))
+    (kept,) = (await lab.notebook_path(fork)).parent.glob("copy.outputs/*.txt")
+    assert kept.stat().st_size > 100_000
+
+
+async def test_the_notebook_of_an_ended_sandbox_is_read_by_its_handle_by_a_later_server(
+    tmp_path: Path,
+) -> None:
+    async with open_lab(tmp_path) as lab:
+        handle = await lab.start(name="past")
+        await lab.cell(handle, "print('kept')")
+        await lab.ok("stop_sandbox", sandbox=handle)
+    async with open_lab(tmp_path) as lab:
+        listed = await lab.ok("list_sandboxes")
+        assert handle in listed and "stopped by stop_sandbox" in listed
+        assert "kept" in await lab.ok("read_notebook", sandbox=handle, cells="all", outputs=True)
+
+
+async def test_a_record_that_names_no_sandbox_is_told_and_others_are_found(tmp_path: Path) -> None:
+    async with stdio_lab(tmp_path) as lab:
+        good, bad = await lab.start(name="good"), await lab.start(name="bad")
+    file = tmp_path / "state" / "sandboxes" / bad / "record.json"
+    record = json.loads(file.read_text())
+    whole = dict(record)
+    for wrong in ({"pid": "x"}, [1], "y", {**record["sandbox"], "pid": None}):
+        file.write_text(json.dumps({**record, "sandbox": wrong}))
+        async with open_lab(tmp_path, on_exit="keep") as lab:
+            listed = await lab.ok("list_sandboxes")
+            assert good in listed and "names no sandbox" in listed
+    file.write_text(json.dumps(whole))
+    async with open_lab(tmp_path) as lab:
+        assert text_of(await lab.cell(bad, "1 + 1")).endswith("2")
+        assert text_of(await lab.cell(good, "1 + 1")).endswith("2")
