@@ -18,14 +18,13 @@ import time
 from typing import Any, Awaitable, Callable, Deque, Dict, List, Optional, Set
 
 from .commands import Commands
+from .events import Event, display_event, escape_surrogates, of_type, output_event
 from .folder import Folder
 from .journal import Journal
 from .kernel import Kernel, KernelFailedToStart, Message, came_from_kernel, descendants, end_all
 
-Event = Dict[str, Any]
 LINE_LIMIT = 64 * 1024 * 1024  # one request
 STREAM_PIECE = 256 * 1024  # characters of one stream event
-ERROR_PIECE = 100_000  # characters of one text of an error
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -58,48 +57,6 @@ class Run:
     @property
     def over(self) -> bool:
         return self.state not in ("queued", "running")
-
-
-def escape_surrogates(value: Any) -> Any:
-    """Lone surrogates as \\udXXX text: they cannot be stored as UTF-8."""
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return value.encode("utf-8", "backslashreplace").decode("utf-8")
-        return value
-    if isinstance(value, list):
-        return [escape_surrogates(v) for v in value]
-    if isinstance(value, dict):
-        return {escape_surrogates(k): escape_surrogates(v) for k, v in value.items()}
-    return value
-
-
-def of_type(kind: type, value: Any) -> Any:
-    """The value, if the protocol allows it; TypeError else (the message is passed over)."""
-    if not isinstance(value, kind):
-        raise TypeError("not a %s: %.100r" % (kind.__name__, value))
-    return value
-
-
-def clipped(value: Any, limit: int) -> Any:
-    """The value with every text in it shortened to about `limit` characters."""
-    if isinstance(value, str) and len(value) > limit:
-        left_out = len(value) - limit
-        return "%s … %d characters left out … %s" % (
-            value[: limit // 2],
-            left_out,
-            value[-(limit // 2) :],
-        )
-    if isinstance(value, list):
-        return [clipped(v, limit) for v in value]
-    if isinstance(value, dict):
-        return {k: clipped(v, limit) for k, v in value.items()}
-    return value
-
-
-def display_event(data: Dict[str, Any]) -> Event:
-    return {"type": "display", "data": data, "metadata": {}, "display_id": None}
 
 
 class Host:
@@ -294,26 +251,9 @@ class Host:
             return
         if kind == "stream":
             self._stream(run, content["name"], of_type(str, content["text"]))
-        elif kind in ("display_data", "execute_result", "update_display_data"):
-            event = {
-                "type": {"display_data": "display", "execute_result": "result"}.get(kind, "update"),
-                "data": of_type(dict, content["data"]),
-                "metadata": of_type(dict, content.get("metadata", {})),
-                "display_id": content.get("transient", {}).get("display_id"),
-            }
-            if kind == "execute_result":
-                event["count"] = of_type(int, content["execution_count"])
-            self._output(run, event, len(json.dumps(content["data"])))
-        elif kind == "error":
-            event = {
-                "type": "error",
-                "ename": of_type(str, content["ename"]),
-                "evalue": of_type(str, content["evalue"]),
-                "traceback": of_type(list, content["traceback"]),
-            }
-            self._output(run, clipped(event, ERROR_PIECE), 0)
-        elif kind == "clear_output":
-            self._output(run, {"type": "clear", "wait": bool(content.get("wait"))}, 0)
+        elif (event := output_event(kind, content)) is not None:
+            size = len(json.dumps(content["data"])) if "data" in content else 0
+            self._output(run, event, size)
 
     def _maybe_over(self, run: Run) -> None:
         if run.reply is None or not run.idle or run.over:
