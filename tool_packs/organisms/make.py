@@ -1,4 +1,4 @@
-"""Makes the model organisms from nothing: `python -m tool_packs.organisms.make --out DIR --seed 0`.
+"""Makes the model organisms from nothing: `python -m tool_packs.organisms.make --out DIR --seed 1`.
 
 Documents, tokenizer, base model and three LoRA adapters, each trained until it behaves as it
 should (the gates in behaviour.py) and not for a number of steps. A gate that is not met before the
@@ -285,7 +285,7 @@ def make(out: Path, seed: int, plan: Plan = FULL) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="a folder for the four organisms")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--short", action="store_true", help="tiny and ungated, to try the pipeline"
     )
