@@ -19,6 +19,8 @@ INLINE = 64_000  # characters of one text that stay in the notebook
 HEAD = 40_000  # of which, when it is longer: so many from its beginning
 TAIL = 16_000  # and so many from its end
 
+STREAMS = ("stdout", "stderr")
+
 Event = dict[str, Any]
 Output = dict[str, Any]
 SpillPath = Callable[[int], Path]
@@ -40,21 +42,41 @@ class Piece:
     """(MIME type, base64)."""
 
     def page(self, offset: int, limit: int) -> Page:
-        """At most `limit` characters (bytes of a long stream) from `offset` on."""
+        """At most `limit` characters from `offset` on; of a stream bytes, whether it is in a file or not.
+
+        So an offset into a stream stays right while it grows and moves into its file.
+        """
+        if self.kind in STREAMS and self.file is None:
+            return byte_page(self.text, offset, limit)
         if self.file is None:
             return page(self.text, offset, limit)
         size = self.file.stat().st_size
         if offset >= size:
-            found = page(self.rest, offset - size, limit)
+            found = byte_page(self.rest, offset - size, limit)
             following = None if found.next_offset is None else found.next_offset + size
-            return Page(found.text, offset, following, size + len(self.rest))
+            return Page(found.text, offset, following, size + found.total)
         found = page(self.file, offset, limit)
         after = size if found.next_offset is None and self.rest else found.next_offset
-        return Page(found.text, found.offset, after, size + len(self.rest))
+        return Page(found.text, found.offset, after, self.size)
 
     @property
     def size(self) -> int:
-        return len(self.text) if self.file is None else self.file.stat().st_size + len(self.rest)
+        """Characters; of a stream bytes."""
+        if self.file is not None:
+            return self.file.stat().st_size + len(self.rest.encode("utf-8"))
+        return len(self.text.encode("utf-8")) if self.kind in STREAMS else len(self.text)
+
+
+def byte_page(text: str, offset: int, limit: int) -> Page:
+    """A page of a text by bytes of its UTF-8, which never splits a character."""
+    data = text.encode("utf-8")
+    start = min(offset, len(data))
+    while start and start < len(data) and data[start] & 0xC0 == 0x80:
+        start -= 1
+    end = min(start + max(limit, 4), len(data))
+    while end < len(data) and data[end] & 0xC0 == 0x80:
+        end -= 1
+    return Page(data[start:end].decode("utf-8"), start, end if end < len(data) else None, len(data))
 
 
 class Stream:

@@ -126,6 +126,8 @@ class ExactPage:
     text: str
     next: str | None
     total: int
+    end: str
+    """The cursor behind the last text there is: of a run that goes on, more may come there."""
 
 
 def exact_page(pieces: list[Piece], cursor: str, limit: int) -> ExactPage:
@@ -133,12 +135,13 @@ def exact_page(pieces: list[Piece], cursor: str, limit: int) -> ExactPage:
     index, offset = parsed_cursor(cursor)
     wanted = [piece for piece in pieces if piece.index >= index]
     total = sum(piece.size for piece in pieces)
+    end = f"{pieces[-1].index}:{pieces[-1].size}" if wanted else cursor
     parts: list[str] = []
     room = limit
     for piece in wanted:
         begin = offset if piece.index == index else 0
         if room <= 0:
-            return ExactPage("".join(parts), f"{piece.index}:{begin}", total)
+            return ExactPage("".join(parts), f"{piece.index}:{begin}", total, end)
         found = piece.page(begin, room)
         parts.append(found.text)
         room -= len(found.text)
@@ -147,8 +150,8 @@ def exact_page(pieces: list[Piece], cursor: str, limit: int) -> ExactPage:
             parts.append(found.text)
             room -= len(found.text)
         if found.next_offset is not None:
-            return ExactPage("".join(parts), f"{piece.index}:{found.next_offset}", total)
-    return ExactPage("".join(parts), None, total)
+            return ExactPage("".join(parts), f"{piece.index}:{found.next_offset}", total, end)
+    return ExactPage("".join(parts), None, total, end)
 
 
 def parsed_cursor(cursor: str) -> tuple[int, int]:

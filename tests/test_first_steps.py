@@ -34,9 +34,10 @@ async def test_stop_leaves_the_notebook_and_no_process(lab: Lab) -> None:
     )
 
 
-async def test_a_progress_bar_reads_as_its_last_state(lab: Lab) -> None:
+@pytest.mark.parametrize("module", ["tqdm.auto", "tqdm.notebook"])
+async def test_a_progress_bar_reads_as_its_last_state(lab: Lab, module: str) -> None:
     handle = await lab.start()
-    bar = "from tqdm.auto import tqdm\nfor i in tqdm(range(56), desc='Loading'):\n    pass\nprint('done')"
+    bar = f"from {module} import tqdm\nfor i in tqdm(range(56), desc='Loading'):\n    pass\nprint('done')"
     text = text_of(await lab.cell(handle, bar))
     assert "100%" in text and "56/56" in text and "done" in text
     assert "0%|  " not in text

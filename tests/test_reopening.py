@@ -55,3 +55,17 @@ async def test_a_record_that_names_no_sandbox_is_told_and_others_are_found(tmp_p
     async with open_lab(tmp_path) as lab:
         assert text_of(await lab.cell(bad, "1 + 1")).endswith("2")
         assert text_of(await lab.cell(good, "1 + 1")).endswith("2")
+
+
+async def test_pages_of_a_run_that_goes_on_join_to_its_exact_text(lab: Lab) -> None:
+    """Also where the text is not ASCII and moves into a file between two pages."""
+    handle = await lab.start(name="grows")
+    source = "import time\nfor i in range(40):\n    print('é' * 3000, i, flush=True)\n    time.sleep(0.05)"
+    run = (await lab.cell(handle, source, wait=0)).meta["seer/run"]
+    pages, cursor = [], "0:0"
+    while cursor:
+        page = await lab.call("read_outputs", sandbox=handle, cell=run["cell"], cursor=cursor)
+        pages.append(page.content[1].text)
+        cursor = page.meta["seer/page"]["next"]
+    assert "".join(pages) == "".join(f"{'é' * 3000} {i}\n" for i in range(40))
+    assert len(pages) > 8

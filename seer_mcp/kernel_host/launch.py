@@ -5,7 +5,7 @@ What differs from `python -m ipykernel_launcher`:
 - what was printed is kept even if the kernel is killed before it was sent (see last_words.py);
 - what a thread prints belongs to the cell that started it, also while another cell runs;
 - text that is not valid Unicode (lone surrogates) is sent escaped, where ipykernel would lose it;
-- tqdm.auto draws its bars as text: a widget's state is in no output, and the bar would stay at 0 %.
+- tqdm draws its bars as text: a widget's state is in no output, and the bar would stay at 0 %.
 """
 
 from __future__ import annotations
@@ -108,17 +108,18 @@ def threads_belong_to_their_cell(shell: Any) -> None:
 
 
 class TextBars(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Answers `import tqdm.autonotebook` with tqdm's text bars."""
+    """Answers an import of tqdm's widget bars with its text bars."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "tqdm.autonotebook":
+        if name not in ("tqdm.autonotebook", "tqdm.notebook"):
             return None
         return importlib.machinery.ModuleSpec(name, self)
 
     def exec_module(self, module: Any) -> None:
         import tqdm.std
 
-        module.tqdm, module.trange = tqdm.std.tqdm, tqdm.std.trange
+        module.tqdm = module.tqdm_notebook = tqdm.std.tqdm
+        module.trange = module.tnrange = tqdm.std.trange
 
 
 def main() -> None:

@@ -105,17 +105,19 @@ def tools(register: Register) -> list[Tool]:
             ).result()
         page = exact_page(pieces, cursor, PAGE)
         key = {"cell": found.subject} if found.kind == "cell" else {"run": found.id}
-        following = (
-            call("read_outputs", sandbox=sandbox, **key, cursor=page.next) if page.next else ""
-        )
-        state = " so far (it still runs)" if found.state in UNFINISHED else ""
-        after = f"Next page: {following}" if following else "This is the end."
+        runs_on = found.state in UNFINISHED
+        following = page.next or (page.end if runs_on else None)
+        state = " so far (it still runs)" if runs_on else ""
+        after = "This is the end."
+        if following:
+            more = "Next page" if page.next else "What comes next"
+            after = f"{more}: {call('read_outputs', sandbox=sandbox, **key, cursor=following)}"
         return Answer(
             f"{what}: exact text from {cursor} on, of {page.total:,} in all{state}. {after}",
             exact=page.text,
             meta={
                 "run": run_meta(found),
-                "page": {"cursor": cursor, "next": page.next, "total": page.total},
+                "page": {"cursor": cursor, "next": following, "total": page.total},
             },
         ).result()
 

@@ -470,7 +470,7 @@ LARGE = {
     "stream": "print('x\\n' * 3_000_000)",
     "result": "'x' * 3_000_000",
     "display": "display({'text/markdown': 'x' * 3_000_000}, raw=True)",
-    "error": "raise ValueError('x' * 3_000_000)",
+    "error": "raise ValueError('x' * 300_000)",
     "many errors": "for i in range(300): get_ipython().showtraceback((ValueError, ValueError('x' * 9999), None))",
     "control characters": "print('\\x01' * 3_000_000)",
     "many streams": (
