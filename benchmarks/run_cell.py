@@ -1,6 +1,6 @@
 """What a cell costs: our server beside a 60-line server around one kernel, in one run.
 
-uv run python benchmarks/run_cell.py [--calls 50] [--out run_cell.json]
+uv run python benchmarks/run_cell.py [--calls 50] [--out run_cell.json] [--page docs/performance.md]
 
 Prints a table of medians and ratios and writes JSON. The machine is noisy: read the ratios.
 """
@@ -103,7 +103,9 @@ def notebook_of(path: Path, cells: int) -> str:
     book = nbformat.v4.new_notebook()
     for i in range(cells):
         new = nbformat.v4.new_code_cell(f"# cell {i}\n1+1", execution_count=i + 1)
-        new.outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=i + 1)]
+        new.outputs = [
+            nbformat.v4.new_output("execute_result", {"text/plain": "2"}, execution_count=i + 1)
+        ]
         book.cells.append(new)
     nbformat.write(book, path)
     return str(path)
@@ -133,9 +135,10 @@ async def over_stdio(calls: int, folder: Path) -> dict[str, Any]:
         found["2,000 prints, kernel alone"], found["2,000 prints"] = await interleaved(
             floor(base, LINES_2000), cell(client, sandbox, LINES_2000), 5
         )
-        found["2,000 prints in 4 s, kernel alone"], found["2,000 prints in 4 s"] = await interleaved(
-            floor(base, PACED_2000), cell(client, sandbox, PACED_2000), 1
-        )
+        (
+            found["2,000 prints in 4 s, kernel alone"],
+            found["2,000 prints in 4 s"],
+        ) = await interleaved(floor(base, PACED_2000), cell(client, sandbox, PACED_2000), 1)
         began = time.perf_counter()
         result = await cell(client, sandbox, TEN_MB)()
         found["10 MB printed"] = time.perf_counter() - began
@@ -167,7 +170,9 @@ async def http_in_memory(calls: int, folder: Path) -> dict[str, Any]:
             transport = streamable_http_client(f"{url}/mcp", http_client=web)
             return await stack.enter_async_context(Client(transport))
 
-        config = from_environment({**os.environ}, folder, state=str(folder / "state-http"), on_exit="stop")
+        config = from_environment(
+            {**os.environ}, folder, state=str(folder / "state-http"), on_exit="stop"
+        )
         base = await connected(floor_server.streamable_http_app(), 8000)
         client = await connected(build_app(config, "127.0.0.1", 8001, TOKEN), 8001)
         sandbox, _ = await start(client, name="http")
@@ -213,7 +218,13 @@ def report(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     for group, name, base, goal in GOALS:
         ours_s, base_s = found[group][name], found[group][base]
         rows.append(
-            {"what": f"{group}: {name}", "seconds": ours_s, "beside": base_s, "ratio": ours_s / base_s, "goal": goal}
+            {
+                "what": f"{group}: {name}",
+                "seconds": ours_s,
+                "beside": base_s,
+                "ratio": ours_s / base_s,
+                "goal": goal,
+            }
         )
     for name, goal in (("300 displays at 500 cells", 1.0), ("10 MB printed", 3.0)):
         rows.append({"what": f"stdio: {name}", "seconds": found["stdio"][name], "goal": goal})
@@ -239,6 +250,42 @@ def report(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def page(rows: list[dict[str, Any]], whole: dict[str, Any]) -> str:
+    """The table as a page of the docs."""
+    lines = [
+        "# How fast",
+        "",
+        "Written by `uv run python benchmarks/run_cell.py --page docs/performance.md`. Medians of calls",
+        "taken in turn with the baseline in one run; read the ratios, the seconds are this machine's.",
+        "",
+        "The baseline is [a server of about 60 lines](../benchmarks/floor_server.py) around one",
+        "`jupyter_client` kernel: no notebook, no journal, nothing kept. For the start it is",
+        "[a server with one empty tool](../benchmarks/trivial_server.py) on the same SDK.",
+        "",
+        "| what | seconds | baseline | ratio | goal |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ratio, base = row.get("ratio"), row.get("beside")
+        lines.append(
+            f"| {row['what']} | {row['seconds']:.4f} | {'' if base is None else f'{base:.4f}'} | "
+            f"{'' if ratio is None else f'{ratio:.2f}'} | ≤ {row['goal']}{' s' if ratio is None else ' ×'} |"
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in whole["versions"].items())
+    stdio = whole["measured"]["stdio"]
+    lines += [
+        "",
+        f"10 MB printed in one cell: {stdio['10 MB: bytes kept']:,} bytes kept beside the notebook,",
+        f"{stdio['10 MB: characters in the answer']:,} characters in the answer. `tools/list` is",
+        f"{whole['measured']['start']['tools/list bytes']:,} bytes.",
+        "",
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}, {whole['cpus']} cores, Python {whole['python']}, {versions}.",
+        "No GPU was there; none of this touches one.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 async def measure(calls: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made).resolve()
@@ -253,6 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=50)
     parser.add_argument("--out", type=Path, default=HERE / "run_cell.json")
+    parser.add_argument("--page", type=Path, help="write the table as a page of the docs")
     flags = parser.parse_args()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     found = asyncio.run(measure(flags.calls))
@@ -268,6 +316,8 @@ def main() -> None:
         "measured": found,
     }
     flags.out.write_text(json.dumps(whole, indent=1) + "\n")
+    if flags.page:
+        flags.page.write_text(page(rows, whole))
 
 
 if __name__ == "__main__":

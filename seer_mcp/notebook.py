@@ -116,6 +116,7 @@ class Notebook:
         self.path = path
         self.outputs_dir = path.with_name(f"{path.stem}.outputs")
         self.cells = [Cell(data, self) for data in cells]
+        self._by_id = {cell.id: cell for cell in self.cells}
         self._by_run = {cell.seer["run"]: cell for cell in self.cells if "run" in cell.seer}
         self.metadata = metadata or {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -128,7 +129,7 @@ class Notebook:
         self.notices: list[str] = []
         """What the client must hear about changes from outside."""
         self._stamp: tuple[int, int, int] | None = stamp(path)
-        self._base = self._sources()
+        self._written = [json.dumps(cell.data) for cell in self.cells]  # as the file has them
         self._dirty = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()
@@ -142,8 +143,9 @@ class Notebook:
 
     def cell(self, id: str) -> Cell:
         """The cell of that id (or the only one whose id begins so)."""
-        exact = [cell for cell in self.cells if cell.id == id]
-        found = exact or ([c for c in self.cells if c.id.startswith(id)] if len(id) >= 3 else [])
+        if id in self._by_id:
+            return self._by_id[id]
+        found = [c for c in self.cells if c.id.startswith(id)] if len(id) >= 3 else []
         if len(found) == 1:
             return found[0]
         if not self.cells:
@@ -168,12 +170,12 @@ class Notebook:
             data.update(outputs=[], execution_count=None)
         cell = Cell(data, self)
         self.cells.insert(index, cell)
+        self._by_id[cell.id] = cell
         self.changed()
         return cell
 
     def _free_id(self) -> str:
-        taken = {cell.id for cell in self.cells}
-        while (id := new_id()) in taken:
+        while (id := new_id()) in self._by_id:
             continue
         return id
 
@@ -188,6 +190,7 @@ class Notebook:
     def delete(self, cell: Cell) -> None:
         self._settled(cell, "deleted")
         self.cells.remove(cell)
+        del self._by_id[cell.id]
         self._by_run = {run: other for run, other in self._by_run.items() if other is not cell}
         self.changed()
 
@@ -306,17 +309,18 @@ class Notebook:
         self._version += 1
         self._dirty.set()
 
-    def text(self) -> str:
+    def text(self, cells: list[str] | None = None) -> str:
+        """The file as it would be written now."""
         metadata = {
             **self.metadata,
             "seer": {**self.metadata.get("seer", {}), "folded": self.folded},
         }
-        body = ",\n  ".join(cell.json() for cell in self.cells)
+        body = ",\n  ".join([cell.json() for cell in self.cells] if cells is None else cells)
         rest = json.dumps(metadata, indent=1, ensure_ascii=False, sort_keys=True).replace(
             "\n", "\n "
         )
-        cells = f"[\n  {body}\n ]" if body else "[]"
-        return f'{{\n "cells": {cells},\n "metadata": {rest},\n "nbformat": 4,\n "nbformat_minor": 5\n}}\n'
+        whole = f"[\n  {body}\n ]" if body else "[]"
+        return f'{{\n "cells": {whole},\n "metadata": {rest},\n "nbformat": 4,\n "nbformat_minor": 5\n}}\n'
 
     def refresh(self) -> None:
         """Take over what somebody saved into the file meanwhile, cell by cell."""
@@ -349,7 +353,8 @@ class Notebook:
         busy = {cell.id for cell in self.cells if cell.state in UNFINISHED}
         ours = {cell.id: cell for cell in self.cells}
         sources = {id: cell["source"] for id, cell in theirs.items()}
-        found = merge(self._base, self._sources(), sources, busy)
+        base = {cell["id"]: joined(cell["source"]) for cell in map(json.loads, self._written)}
+        found = merge(base, {cell.id: cell.source for cell in self.cells}, sources, busy)
         for id, source in found.sources.items():
             self.rewrite(ours[id], source)
         for id in found.deleted:
@@ -357,6 +362,7 @@ class Notebook:
         self.cells = [
             Cell(theirs[id], self) if id in found.theirs else ours[id] for id in found.order
         ]
+        self._by_id = {cell.id: cell for cell in self.cells}
         for id, source in found.conflicts.items():
             copy = self.insert(ours[id].kind, source, after=id)
             self.notices.append(
@@ -369,11 +375,8 @@ class Notebook:
         )
         if counts := ", ".join(f"{n} {what}" for n, what in told if n):
             self.notices.append(f"cells changed from outside: {counts}")
-        self._base = sources
+        self._written = [json.dumps(cell) for cell in cells]
         self.changed()
-
-    def _sources(self) -> dict[str, str]:
-        return {cell.id: cell.source for cell in self.cells}
 
     async def save(self) -> None:
         """Write what changed; when this returns, it is on disk. Raises NotebookNotSaved."""
@@ -390,7 +393,8 @@ class Notebook:
             began = time.monotonic()
             version = self._version
             self._dirty.clear()
-            data = self.text().encode("utf-8")
+            written = [cell.json() for cell in self.cells]
+            data = self.text(written).encode("utf-8")
             try:
                 if len(data) > THREAD_ABOVE:
                     await asyncio.to_thread(write_atomic, self.path, data)
@@ -404,7 +408,7 @@ class Notebook:
                 self._last_save = time.monotonic()
                 self._save_seconds = self._last_save - began
             self._saved_version = version
-            self._stamp, self._base = stamp(self.path), self._sources()
+            self._stamp, self._written = stamp(self.path), written
             self.trouble = None
 
     async def keep_saved(self) -> None:

@@ -17,10 +17,16 @@ SLOTS = 8  # sendings that may be under way at once
 SIZE = 65536
 HEAD = struct.Struct("<QI")  # number, bytes used
 RECORD = struct.Struct("<HI")  # bytes of the parent's message id, bytes of text
+OPEN = 0xFFFFFFFF  # for bytes of text: all that is used
 
 
 class Ring:
-    """The writing end. Not thread-safe: the stream's own lock guards it."""
+    """The writing end. Not thread-safe: the stream's own lock guards it.
+
+    It is on the path of every print, so the common case (more from the same parent) is one copy
+    and one number. The length of a record is written when the next one begins; that of the last
+    follows from the bytes used.
+    """
 
     def __init__(self, path: str) -> None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -33,31 +39,46 @@ class Ring:
     def turn(self) -> int:
         """What was added since the last turn is being sent under the number that is returned."""
         done = self._number
+        if done and self._parent:
+            self._close_record()
         self._number += 1
         self._base = self._number % SLOTS * SIZE
         self._used = HEAD.size
-        self._parent = b""
+        self._parent = ""
         HEAD.pack_into(self._map, self._base, self._number, self._used)
         return done
 
     def add(self, parent: str, text: str) -> bool:
         """Keep a text until its sending has arrived; False if there is no room: send it now."""
-        id, data = parent.encode("utf-8"), text.encode("utf-8", "surrogatepass")
-        extends = self._parent == id
-        if self._used + len(data) + (0 if extends else RECORD.size + len(id)) > SIZE:
+        data = text.encode("utf-8", "surrogatepass")
+        if parent is not self._parent and not self._begin_record(parent, len(data)):
             return False
-        if not extends:
-            self._record, self._length, self._parent = self._base + self._used, 0, id
-            at = self._record + RECORD.size
-            self._map[at : at + len(id)] = id
-            self._used += RECORD.size + len(id)
-        at = self._base + self._used
-        self._map[at : at + len(data)] = data
-        self._length += len(data)
-        self._used += len(data)
-        RECORD.pack_into(self._map, self._record, len(id), self._length)
-        HEAD.pack_into(self._map, self._base, self._number, self._used)
+        used = self._used + len(data)
+        if used > SIZE:
+            return False
+        base = self._base
+        self._map[base + self._used : base + used] = data
+        self._used = used
+        HEAD.pack_into(self._map, base, self._number, used)
         return True
+
+    def _begin_record(self, parent: str, room: int) -> bool:
+        id = parent.encode("utf-8")
+        if self._used + RECORD.size + len(id) + room > SIZE:
+            return False
+        if self._parent:
+            self._close_record()
+        at = self._record = self._base + self._used
+        RECORD.pack_into(self._map, at, len(id), OPEN)
+        self._map[at + RECORD.size : at + RECORD.size + len(id)] = id
+        self._used += RECORD.size + len(id)
+        self._begin = self._used
+        self._parent = parent
+        return True
+
+    def _close_record(self) -> None:
+        id_length, _ = RECORD.unpack_from(self._map, self._record)
+        RECORD.pack_into(self._map, self._record, id_length, self._used - self._begin)
 
 
 def read(path: str) -> Iterator[Tuple[int, str, str]]:
@@ -76,6 +97,8 @@ def read(path: str) -> Iterator[Tuple[int, str, str]]:
             at += RECORD.size
             parent = slot[at : at + id_length].decode("utf-8")
             at += id_length
+            if length == OPEN:
+                length = used - at
             text = slot[at : at + length].decode("utf-8", "surrogatepass")
             at += length
             yield number, parent, text

@@ -52,21 +52,29 @@ def keep_last_words(stream: Any, path: str) -> None:
     ring = last_words.Ring(path)
     write, rotate, lock = stream.write, stream._rotate_buffers, stream._buffer_lock
 
+    is_master, schedule = stream._is_master_process, stream._schedule_flush
+    # The header last seen, as the key of its buffer and its id: most writes come from one cell.
+    seen: List[Any] = [None, frozenset(), ""]
+
     def buffered(parent: Dict[str, Any], text: str) -> bool:
         with lock:  # not held while the flush is scheduled, which may wait for the sending thread
-            if kept := ring.add(parent["msg_id"], text):
-                stream._buffers[frozenset(parent.items())].write(text)
+            if parent is not seen[0]:
+                seen[:] = [parent, frozenset(parent.items()), parent["msg_id"]]
+            if kept := ring.add(seen[2], text):
+                stream._buffers[seen[1]].write(text)
         return kept
 
     def write_and_keep(text: Any) -> Any:
         parent = stream.parent_header
-        if not parent or not isinstance(text, str) or not stream._is_master_process():
+        if not parent or not isinstance(text, str) or not is_master():
             return write(text)
+        if len(text) <= PIECE and buffered(parent, text):
+            schedule()
+            return len(text)
         for at in range(0, len(text), PIECE):
-            piece = text[at : at + PIECE]
-            while not buffered(parent, piece):
+            while not buffered(parent, text[at : at + PIECE]):
                 stream.flush()  # makes room
-            stream._schedule_flush()
+            schedule()
         return len(text)
 
     def rotate_and_number() -> Dict[FrozenSet[Any], Any]:
