@@ -66,7 +66,12 @@ def config_for(folder: Path, **changes: Any) -> Config:
     project = folder / "project"
     project.mkdir(exist_ok=True)
     config = from_environment(os.environ, project, state=str(folder / "state"))
-    changes = {"project_dir": project, "outputs_dir": project / "outputs", "on_exit": "stop", **changes}
+    changes = {
+        "project_dir": project,
+        "outputs_dir": project / "outputs",
+        "on_exit": "stop",
+        **changes,
+    }
     return Config(**{**config.__dict__, **changes})
 
 
@@ -77,7 +82,9 @@ async def open_lab(folder: Path, **changes: Any) -> AsyncIterator[Lab]:
         yield Lab(client, folder)
 
 
-def stdio_parameters(folder: Path, *flags: str, env: dict[str, str] | None = None) -> StdioServerParameters:
+def stdio_parameters(
+    folder: Path, *flags: str, env: dict[str, str] | None = None
+) -> StdioServerParameters:
     """How a client would start our server as a process."""
     project = folder / "project"
     project.mkdir(exist_ok=True)
