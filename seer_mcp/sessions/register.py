@@ -91,9 +91,17 @@ class Register:
             )
         source = self._existing(notebook) if notebook else None
         name = self._free_name(owner, name, source)
+        handle = f"{name}-{''.join(secrets.choice(ALPHABET) for _ in range(6))}"
         self._names.add((owner, name))
+        self._starting.add(handle)
         # A call that is cancelled is cancelled at every await: it could not clean up after itself.
-        work = self._own(self._start(owner, name, backend, spec, source, fork, report))
+        work = self._own(self._start(handle, owner, name, backend, spec, source, fork, report))
+
+        def started(_: asyncio.Task[Session]) -> None:
+            self._names.discard((owner, name))
+            self._starting.discard(handle)
+
+        work.add_done_callback(started)
         try:
             return await asyncio.shield(work)
         except asyncio.CancelledError:
@@ -146,24 +154,6 @@ class Register:
 
     async def _start(
         self,
-        owner: str,
-        name: str,
-        backend: Backend,
-        spec: SandboxSpec,
-        source: Path | None,
-        fork: bool,
-        report: Progress,
-    ) -> Session:
-        handle = f"{name}-{''.join(secrets.choice(ALPHABET) for _ in range(6))}"
-        self._starting.add(handle)
-        try:
-            return await self._start_as(handle, owner, name, backend, spec, source, fork, report)
-        finally:
-            self._starting.discard(handle)
-            self._names.discard((owner, name))
-
-    async def _start_as(
-        self,
         handle: str,
         owner: str,
         name: str,
@@ -187,8 +177,6 @@ class Register:
         document = Notebook(path, cells, metadata)
         document.hold()  # a sandbox that does not start leaves the file as it was
         document.forget_runs()
-        if source and fork:
-            await asyncio.to_thread(document.copy_long_outputs, source)
         session = Session(handle, name, owner, spec.backend, document, state_dir, lock, time.time())
         session.notebook_lock = notebook_lock
         place = Place(
@@ -199,9 +187,11 @@ class Register:
             (path,),
             self.packs.read().importable(),
         )
-        write_json(state_dir / "record.json", session.record())
         attached = False
         try:
+            write_json(state_dir / "record.json", session.record())
+            if source and fork:
+                await asyncio.to_thread(document.copy_long_outputs, source)
             sandbox = await backend.start(spec, place, report)
             session.attach(backend, sandbox, 1)
             attached = True
