@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+import signal
 from pathlib import Path
 
 import uvicorn
@@ -100,4 +101,8 @@ async def serve_http(config: Config, host: str, port: int, token: str) -> None:
         timeout_keep_alive=15,
         lifespan="on",
     )
+    # uvicorn stops gracefully and then raises the signal again, for those who were there before
+    # it: that is us, and we are done. So a stopped server has exit code 0.
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: None)
     await uvicorn.Server(settings).serve()

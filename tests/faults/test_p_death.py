@@ -195,6 +195,7 @@ async def test_p03_the_http_server_ends_on_sigterm_with_a_stream_open(place: Gro
             process.send_signal(signal.SIGTERM)
             await until(lambda: process.poll() is not None, 20)
             assert time.monotonic() - began < 8
+            assert process.returncode == 0
         assert processes_of(handle)  # kept, as configured
     finally:
         if process.poll() is None:
