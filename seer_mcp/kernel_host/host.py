@@ -71,6 +71,7 @@ class Host:
         self.queue: Deque[Run] = collections.deque()
         self.active: Optional[Run] = None
         self.by_message: Dict[str, Run] = {}
+        self.probes: Dict[str, Run] = {}  # asked behind a run that was interrupted
         self.latest: Optional[Run] = None  # started last: unclaimed output is its
         self.kernel: Optional[Kernel] = None
         self.kernel_state = "starting"
@@ -224,6 +225,7 @@ class Host:
             await kernel.kill()
         self._end_orphans()
         self.by_message.clear()
+        self.probes.clear()
         self.latest = None
         await self._start_kernel()
 
@@ -232,6 +234,8 @@ class Host:
         run = self.by_message.get(parent)
         kind, content = message["msg_type"], message["content"]
         if channel == "shell":
+            if (asked := self.probes.pop(parent, None)) is not None:
+                self._spawn(self._end_if_dropped(asked))
             if run and kind == "execute_reply":
                 for payload in content.get("payload", ()):
                     if payload.get("source") == "page":  # what `name?` shows
@@ -254,6 +258,13 @@ class Host:
         elif (event := output_event(kind, content)) is not None:
             size = len(json.dumps(content["data"])) if "data" in content else 0
             self._output(run, event, size)
+
+    async def _end_if_dropped(self, run: Run) -> None:
+        """The kernel has gone past an interrupted run: it is over, unless its end is under way."""
+        await asyncio.sleep(0.5)
+        if self.active is run:
+            self._end(run, "interrupted", "the interrupt came before it had begun")
+            self._next()
 
     def _maybe_over(self, run: Run) -> None:
         if run.reply is None or not run.idle or run.over:
@@ -352,6 +363,9 @@ class Host:
         run.interrupted = True
         self._drop_group(run.group, "an earlier cell of the same call was interrupted")
         self.kernel.interrupt()
+        # A kernel that is interrupted just before it begins with a cell drops the request without
+        # an answer. What is asked behind it is answered then, and tells.
+        self.probes[self.kernel.send("shell", "kernel_info_request", {})] = run
         return {"interrupted": run.id, "waiting": len(self.queue)}
 
     def _stream(self, run: Run, name: str, text: str) -> None:

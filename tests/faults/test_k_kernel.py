@@ -650,3 +650,17 @@ async def test_an_idle_sandbox_ends_itself_and_its_notebook_says_so(tmp_path: Pa
         assert "idle for 2 s" in await lab.ok("read_notebook", sandbox=handle)
         notebook = json.loads(path.read_text())
         assert notebook["metadata"]["seer"]["ended"] == "idle for 2 s"
+
+
+async def test_k05_an_interrupt_at_the_moment_a_cell_begins_never_loses_the_queue(
+    tmp_path: Path,
+) -> None:
+    """A kernel may drop a request that is interrupted before it began; the run ends all the same."""
+    async with open_lab(tmp_path) as lab:
+        handle = await lab.start()
+        for _ in range(20):
+            run = run_of(await lab.cell(handle, "import time; time.sleep(30)", wait=0))
+            await lab.ok("interrupt", sandbox=handle, everything=True)
+            ended = await lab.call("read_outputs", sandbox=handle, run=run["id"], wait=10)
+            assert run_of(ended)["state"] == "interrupted"
+        assert text_of(await lab.cell(handle, "6 * 7", wait=10)).endswith("42")
