@@ -13,7 +13,8 @@ from typing import Literal
 
 from . import __version__
 from .config import Config, from_environment
-from .errors import SeerError
+from .errors import BadInput, SeerError
+from .kernel_host.fault import arm, in_host
 
 
 def parser() -> argparse.ArgumentParser:
@@ -126,6 +127,14 @@ def config_of(flags: argparse.Namespace) -> Config:
     )
 
 
+def arm_faults(plan: str) -> None:
+    """Where SEER_MCP_FAULT wants this process killed (docs/reliability.md)."""
+    try:
+        arm("" if in_host(plan) else plan)
+    except ValueError as error:
+        raise BadInput("SEER_MCP_FAULT", plan, str(error)) from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     known = ("stdio", "serve", "demo", "--version", "--help", "-h")
@@ -143,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
         config = config_of(flags)
+        arm_faults(config.fault)
         if flags.command == "serve":
             from .http import kept_token, serve_http
 

@@ -94,6 +94,8 @@ class Config:
     max_sandboxes: int = 60
     on_exit: Literal["keep", "stop"] = "keep"
     """Whether local sandboxes outlive the server (the next server finds them again)."""
+    fault: str = ""
+    """SEER_MCP_FAULT: where a test wants the server or its hosts killed (kernel_host/fault.py)."""
 
 
 def default_outputs(project_dir: Path, home: Path) -> Path:
@@ -145,4 +147,5 @@ def from_environment(
         idle_limit=defaults.idle_limit if idle_limit is None else idle_limit,
         output_cap=defaults.output_cap if output_cap is None else output_cap,
         on_exit=on_exit,
+        fault=environ.get("SEER_MCP_FAULT", ""),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput, PathRefused
+from .kernel_host.fault import fault_point
 
 NAME = re.compile(r"[a-z0-9](?:[a-z0-9_-]{0,38}[a-z0-9])?")
 RESERVED = {
@@ -24,8 +25,12 @@ RESERVED = {
 }
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Replace `path` by `data`: every reader sees the old file or the new one, whole."""
+def write_atomic(path: Path, data: bytes, mode: int = 0o644, what: str = "file") -> None:
+    """Replace `path` by `data`: every reader sees the old file or the new one, whole.
+
+    `what` names its fault points.
+    """
+    fault_point(f"{what}.write")
     descriptor, part = tempfile.mkstemp(
         dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part"
     )
@@ -35,15 +40,17 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        fault_point(f"{what}.part")
         os.replace(part, path)
+        fault_point(f"{what}.renamed")
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any], what: str = "record") -> None:
     """A private record: mode 0600, atomic."""
-    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode(), mode=0o600)
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode(), mode=0o600, what=what)
 
 
 def private_dir(path: Path) -> Path:

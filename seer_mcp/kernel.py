@@ -16,6 +16,7 @@ from .errors import (
     SandboxUnreachable,
     SeerError,
 )
+from .kernel_host.fault import fault_point
 
 Event = dict[str, Any]
 Dial = Callable[[], Awaitable[tuple[StreamReader, StreamWriter]]]
@@ -105,11 +106,14 @@ class Link:
 
     def _send(self, writer: StreamWriter, message: dict[str, Any]) -> None:
         if not writer.is_closing():
+            fault_point("link.send")
             writer.write((json.dumps(message) + "\n").encode("ascii"))
+            fault_point("link.sent")
 
     async def _stay_connected(self) -> None:
         pause = 0.05
         while True:
+            fault_point("link.dial")
             try:
                 reader, writer = await self._dial()
             except SandboxUnreachable:
@@ -119,6 +123,7 @@ class Link:
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 5.0)
                 continue
+            fault_point("link.dialled")
             pause = 0.05
             pinger = asyncio.create_task(self._ping(writer))
             try:
@@ -147,7 +152,9 @@ class Link:
             if "n" in message:
                 if message["n"] >= self._next:
                     self._next = message["n"] + 1
+                    fault_point("event.come")
                     self._on_event(message)
+                    fault_point("event.folded")
             elif message["id"] == 0:
                 known = message["last"]
             elif (waiting := self._waiting.get(message["id"])) is not None and not waiting[

@@ -397,9 +397,9 @@ class Notebook:
             data = self.text(written).encode("utf-8")
             try:
                 if len(data) > THREAD_ABOVE:
-                    await asyncio.to_thread(write_atomic, self.path, data)
+                    await asyncio.to_thread(write_atomic, self.path, data, what="notebook")
                 else:
-                    write_atomic(self.path, data)
+                    write_atomic(self.path, data, what="notebook")
             except OSError as error:
                 self._dirty.set()
                 self.trouble = os.strerror(error.errno) if error.errno else str(error)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .kernel_host.fault import fault_point
 from .text import Page, Screen, page, printable
 
 INLINE = 64_000  # characters of one text that stay in the notebook
@@ -105,8 +106,10 @@ class Stream:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.file.write_bytes(b"")
             new = self._done
+        fault_point("spill.write")
         with self.file.open("ab") as file:
             file.write(new.encode("utf-8"))
+        fault_point("spill.written")
         self._tail = (self._tail + new)[-TAIL:]
         self._done = self._done[:HEAD]
 

@@ -34,6 +34,7 @@ from pydantic import ValidationError
 from . import __version__
 from .config import Config
 from .errors import NotFound, SeerError
+from .kernel_host.fault import fault_point
 from .packs import Packs
 from .sessions import Register, Session
 from .tools import build_tools
@@ -75,7 +76,9 @@ class SeerServer(MCPServer[None]):
             known = [t.name for t in self._tool_manager.list_tools()]
             return failure(str(NotFound("tool", name, known)))
         try:
-            return await super().call_tool(name, arguments, context)
+            answer = await super().call_tool(name, arguments, context)
+            fault_point("answer")
+            return answer
         except ToolError as error:
             if isinstance(error.__cause__, ValidationError):
                 return failure(argument_errors(tool, error.__cause__))

@@ -23,6 +23,7 @@ from ..config import Config
 from ..environment import SandboxSpec
 from ..errors import BadInput, SandboxStartFailed, SandboxUnreachable
 from ..files import private_dir, write_json
+from ..kernel_host.fault import fault_point, in_host
 from . import Place, Progress, Record
 
 MARK = "SEER_MCP_SANDBOX"  # in the environment of every process of a sandbox
@@ -138,9 +139,11 @@ class LocalBackend:
             "end_at": time.time() + spec.lifetime if spec.lifetime else None,
             "output_cap": self._config.output_cap,
             "kernel_timeout": START_SECONDS - 5,
+            "fault": self._config.fault if in_host(self._config.fault) else "",
         }
-        write_json(folder / "host.json", config)
+        write_json(folder / "host.json", config, what="host-config")
         report("starting the kernel host")
+        fault_point("sandbox.create")
         with open(folder / "host.log", "ab") as log:
             try:
                 # A few milliseconds. From a thread it would be left running when this is cancelled.
@@ -156,6 +159,7 @@ class LocalBackend:
             except OSError as error:
                 shutil.rmtree(runtime, ignore_errors=True)
                 raise SandboxStartFailed(f"{python} could not be started: {error}") from error
+        fault_point("sandbox.created")
         started = time.time()
         try:
             started = psutil.Process(child.pid).create_time()
@@ -165,6 +169,7 @@ class LocalBackend:
         sandbox.child = child
         try:
             await self._answering(sandbox, python)
+            fault_point("sandbox.answers")
         except BaseException:
             await asyncio.shield(sandbox.terminate())
             raise

@@ -6,6 +6,8 @@ import base64
 import os
 from typing import Any, Dict, List, Optional
 
+from .fault import fault_point
+
 READ_LIMIT = 4_000_000
 MANY = 500
 
@@ -50,7 +52,9 @@ class Folder:
             part = real + ".part"
             with open(part, "wb") as file:
                 file.write(content)
+            fault_point("host.file.part")
             os.replace(part, real)
+        fault_point("host.file.written")
         return {"size": os.path.getsize(real), "path": real}
 
     def list(self, path: str) -> Dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, Awaitable, Callable, Deque, Dict, List, Optional, Set
 
 from .commands import Commands
 from .events import Event, display_event, escape_surrogates, of_type, output_event
+from .fault import fault_point
 from .folder import Folder
 from .journal import Journal
 from .kernel import Kernel, KernelFailedToStart, Message, came_from_kernel, descendants, end_all
@@ -99,6 +100,7 @@ class Host:
             server = await asyncio.start_unix_server(self._client, address, limit=LINE_LIMIT)
         finally:
             os.umask(old)
+        fault_point("host.listening")
         self._spawn(self._start_kernel())
         self._spawn(self._tick())
         await self.closing.wait()
@@ -108,9 +110,11 @@ class Host:
         self.queue.clear()
         if self.active:
             self._end(self.active, "expired", self.config["why_closed"])
+        fault_point("host.closing")
         await self.commands.stop_all()
         if self.kernel:
             await self.kernel.kill()
+        fault_point("host.closed")
         self._emit({"type": "closing", "why": self.config["why_closed"]})
         await asyncio.sleep(0.2)  # readers that are there get the last lines
         end_all(descendants(os.getpid()))
@@ -188,6 +192,7 @@ class Host:
             except KernelFailedToStart as error:
                 self.kernel_state, self.how, self.stderr = "failed", error.why, error.stderr
             else:
+                fault_point("host.kernel.ready")
                 self.kernel_state = "ready"
         self._emit(
             {
@@ -223,6 +228,7 @@ class Host:
             self._end(self.queue.popleft(), "not_run", "the kernel was restarted")
         if kernel:
             await kernel.kill()
+        fault_point("host.restart.killed")
         self._end_orphans()
         self.by_message.clear()
         self.probes.clear()
@@ -230,6 +236,7 @@ class Host:
         await self._start_kernel()
 
     def _on_message(self, channel: str, message: Message) -> None:
+        fault_point("host.message")
         parent = message["parent_header"].get("msg_id", "")
         run = self.by_message.get(parent)
         kind, content = message["msg_type"], message["content"]
@@ -293,6 +300,7 @@ class Host:
             run = Run(item["run"], "cell", item["code"], group, stop_on_error)
             self.runs[run.id] = run
             self.queue.append(run)
+        fault_point("host.queued")
         self._next()
         return [self._described(self.runs[r["run"]]) for r in runs]
 
@@ -301,6 +309,7 @@ class Host:
             return
         run = self.active = self.latest = self.queue.popleft()
         run.state, run.started = "running", time.time()
+        fault_point("host.send")
         message = self.kernel.send(
             "shell",
             "execute_request",
@@ -313,6 +322,7 @@ class Host:
                 "stop_on_error": False,
             },
         )
+        fault_point("host.sent")
         self.by_message[message] = run
         run.first = self._emit({"type": "start", "run": run.id, "t": run.started})
 
@@ -338,6 +348,7 @@ class Host:
         )
         run.first = run.first or number
         run.code = ""
+        fault_point("host.ended")
 
     def _drop_group(self, group: str, why: str) -> None:
         for run in [r for r in self.queue if r.group == group]:
@@ -363,6 +374,7 @@ class Host:
         run.interrupted = True
         self._drop_group(run.group, "an earlier cell of the same call was interrupted")
         self.kernel.interrupt()
+        fault_point("host.interrupted")
         # A kernel that is interrupted just before it begins with a cell drops the request without
         # an answer. What is asked behind it is answered then, and tells.
         self.probes[self.kernel.send("shell", "kernel_info_request", {})] = run
@@ -452,6 +464,7 @@ class Host:
                 grew = self.grew
                 lines, start = self.journal.read(start)
                 if lines:
+                    fault_point("host.page")
                     writer.write(lines)
                     await writer.drain()
                 else:
@@ -484,6 +497,7 @@ class Host:
             self._answer(writer, request, answer)
 
     def _answer(self, writer: asyncio.StreamWriter, request: Event, answer: Event) -> None:
+        fault_point("host.answer")
         self._send(writer, {"id": request["id"], "ok": True, **answer})
 
     def _send(self, writer: asyncio.StreamWriter, answer: Event) -> None:

@@ -11,6 +11,8 @@ import json
 import os
 from typing import Any
 
+from .fault import fault_point
+
 EVERY = 64  # an offset is remembered for every 64th event
 BACKLOG_BYTES = 8_000_000
 
@@ -54,6 +56,7 @@ class Journal:
 
     def _write(self, line: bytes) -> bool:
         """Append one whole line to the file, or nothing."""
+        fault_point("host.journal.write")
         try:
             done = os.write(self._fd, line)
             while done < len(line):
@@ -65,6 +68,7 @@ class Journal:
             self._offsets.append(self._size)
         self._on_disk += 1
         self._size += len(line)
+        fault_point("host.journal.written")
         return True
 
     def read(self, start: int, limit: int = 1_000_000) -> tuple[bytes, int]:

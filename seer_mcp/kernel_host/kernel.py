@@ -17,6 +17,7 @@ from jupyter_client.connect import write_connection_file
 from jupyter_client.session import Session
 
 from . import last_words
+from .fault import fault_point
 
 Message = Dict[str, Any]
 HOST_PID = "JPY_PARENT_PID"  # in the environment of a kernel and what it starts (ipykernel's name)
@@ -123,6 +124,7 @@ class Kernel:
         launch = os.path.join(os.path.dirname(os.path.abspath(__file__)), "launch.py")
         with open(self._log_path, "ab") as log:
             self._log_start = log.tell()
+            fault_point("host.kernel.create")
             try:
                 self._process = await asyncio.create_subprocess_exec(
                     sys.executable,
@@ -142,6 +144,7 @@ class Kernel:
                 ) from error
         self.pid = self._process.pid
         self.alive = True
+        fault_point("host.kernel.created")
         for channel in CHANNELS:
             self._tasks.append(asyncio.ensure_future(self._receive(channel)))
         exited = asyncio.ensure_future(self._process.wait())

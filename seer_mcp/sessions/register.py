@@ -25,6 +25,7 @@ from ..environment import SandboxSpec
 from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, SeerError, show
 from ..files import Lock, checked_name, private_dir, resolve_inside, write_json
 from ..ipynb import read_notebook
+from ..kernel_host.fault import fault_point
 from ..notebook import Notebook
 from ..packs import Packs
 from .session import Session
@@ -174,6 +175,7 @@ class Register:
         state_dir = private_dir(self.config.state_dir / "sandboxes" / handle)
         lock = Lock(state_dir / "lock")
         lock.take()
+        fault_point("start.locked")
         document = Notebook(path, cells, metadata)
         document.hold()  # a sandbox that does not start leaves the file as it was
         document.forget_runs()
@@ -195,9 +197,11 @@ class Register:
             sandbox = await backend.start(spec, place, report)
             session.attach(backend, sandbox, 1)
             attached = True
+            fault_point("start.attached")
             write_json(state_dir / "record.json", session.record())
             report("starting the kernel")
             await session.kernel_ready(READY_SECONDS)
+            fault_point("start.ready")
             document.metadata["seer"] = {"sandbox": handle, "backend": spec.backend}
             document.unhold()
             await session.save()
@@ -325,6 +329,7 @@ class Register:
         if notebook_lock is None:
             lock.release()
             return f"{handle}: its notebook {path} is open in another sandbox; stop that one first."
+        fault_point("find.locked")
         try:
             cells, metadata = read_notebook(path) if path.exists() else ([], None)
         except SeerError as error:
@@ -349,17 +354,20 @@ class Register:
         except (SeerError, KeyError, TypeError, ValueError) as error:
             release(lock, notebook_lock)
             return f"{handle}: its record names no sandbox ({error!r}); remove {folder} when nothing of it runs."
+        fault_point("find.found")
         if sandbox is None:
             await session.declare_lost("it ended while no server was there")
         else:
             session.attach(backend, sandbox, document.rewind())
             await session.follow_again()
+            fault_point("find.followed")
         self._sessions[handle] = session
         return None
 
     def _ended(self, session: Session) -> None:
         """The record stays for a while, so that the handle can be asked about; the rest goes."""
         write_json(session.state_dir / "record.json", session.record())
+        fault_point("stop.recorded")
         for entry in session.state_dir.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)

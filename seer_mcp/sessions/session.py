@@ -25,6 +25,7 @@ from ..errors import (
 )
 from ..files import Lock
 from ..kernel import Event, Link
+from ..kernel_host.fault import fault_point
 from ..notebook import UNFINISHED, Cell, Notebook
 from ..outputs import Outputs
 
@@ -193,8 +194,10 @@ class Session:
         sandbox = self._sandbox
         assert sandbox is not None
         self._closing_why = why
+        fault_point("stop.begun")
         await self._stop_following()
         await sandbox.terminate()
+        fault_point("stop.gone")
         self._sandbox = sandbox
         await self._end(why, "interrupted")
 
@@ -236,6 +239,7 @@ class Session:
         if self._sandbox is not None:
             await self._sandbox.terminate()  # also what a killed host left behind
         self.release()
+        fault_point("stop.saved")
         self.on_end(self)
 
     def _finish(self, id: str, state: str, why: str) -> None:
@@ -312,6 +316,7 @@ class Session:
             self.runs[run.id] = run
             self.notebook.begin(cell, run.id)
             runs.append(run)
+        fault_point("run.noted")
         await asyncio.shield(self._own(self._submit(cells, runs, stop_on_error)))
         return runs
 
@@ -319,11 +324,13 @@ class Session:
         self, cells: Sequence[Cell], runs: Sequence[RunInfo], stop_on_error: bool
     ) -> None:
         await self._save_quietly()  # on disk before the kernel hears of it
+        fault_point("run.saved")
         wanted = [
             {"run": run.id, "code": cell.source} for cell, run in zip(cells, runs, strict=True)
         ]
         try:
             await self._linked().request("run", runs=wanted, stop_on_error=stop_on_error)
+            fault_point("run.accepted")
         except SeerError as error:
             for run in runs:
                 self._finish(run.id, "not_run", str(error))
@@ -412,6 +419,7 @@ class Session:
         if run:
             self.find_run(run)
         answer = await self._linked().request("interrupt", run=run, everything=everything)
+        fault_point("interrupt.sent")
         if answer["interrupted"] is None:
             return None, True, answer["waiting"]
         stopped = self.runs[answer["interrupted"]]
@@ -429,6 +437,7 @@ class Session:
     async def restart(self) -> None:
         """A new, empty kernel. Raises KernelStartFailed."""
         answer = await asyncio.shield(self._own(self._linked().request("restart", timeout=60.0)))
+        fault_point("restart.sent")
         await self._save_quietly()
         if answer["kernel"] != "ready":
             raise KernelStartFailed(answer["how"], answer["stderr"])
@@ -447,6 +456,7 @@ class Session:
         answer = await self._linked().request(
             "write_file", path=path, data=base64.b64encode(data).decode("ascii"), append=append
         )
+        fault_point("file.sent")
         return answer["path"]
 
     async def list_files(self, path: str) -> tuple[list[dict[str, Any]], int]:
