@@ -1,0 +1,1 @@
+"""In the place of ipykernel (see the package above)."""
