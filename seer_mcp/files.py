@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import re
@@ -46,6 +47,12 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644, what: str = "file")
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
+
+
+def clear_parts(path: Path) -> None:
+    """Remove what writers of `path` left beside it when they were killed. For who may write it alone."""
+    for part in path.parent.glob(f".{glob.escape(path.name[:80])}.*.part"):
+        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict[str, Any], what: str = "record") -> None:

@@ -23,7 +23,7 @@ from ..backends import Backend, Place, Progress, open_backend
 from ..config import Config
 from ..environment import SandboxSpec
 from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, SeerError, show
-from ..files import Lock, checked_name, private_dir, resolve_inside, write_json
+from ..files import Lock, checked_name, clear_parts, private_dir, resolve_inside, write_json
 from ..ipynb import read_notebook
 from ..kernel_host.fault import fault_point
 from ..notebook import Notebook
@@ -31,6 +31,7 @@ from ..packs import Packs
 from .session import Session
 
 FORGET_SECONDS = 7 * 86400.0
+CUT_OFF_SECONDS = 60.0
 READY_SECONDS = 40.0
 T = TypeVar("T")
 ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
@@ -184,7 +185,7 @@ class Register:
         place = Place(
             handle,
             state_dir,
-            self.config.runtime_dir / hashlib.sha256(handle.encode()).hexdigest()[:12],
+            self._runtime_dir(handle),
             path.parent,
             (path,),
             self.packs.read().importable(),
@@ -216,6 +217,10 @@ class Register:
         session.on_end = self._ended
         self._sessions[handle] = session
         return session
+
+    def _runtime_dir(self, handle: str) -> Path:
+        """Where its sockets are: a path that is short, whatever the handle is."""
+        return self.config.runtime_dir / hashlib.sha256(handle.encode()).hexdigest()[:12]
 
     def _new_folder(self, name: str) -> Path:
         """The path of a new notebook in a folder of its own; an older one is never touched."""
@@ -294,7 +299,11 @@ class Register:
         async with self._scanning:
             folders = sorted((self.config.state_dir / "sandboxes").iterdir())
             ours = self._sessions.keys() | self._starting
-            new = [f for f in folders if f.name not in ours and (f / "record.json").exists()]
+            unknown = [f for f in folders if f.name not in ours]
+            new = [f for f in unknown if (f / "record.json").exists()]
+            for folder in unknown:
+                if folder not in new:
+                    self._forget_cut_off(folder)
             outcomes = await asyncio.gather(*(self._adopt(folder) for folder in new))
             notes.extend(outcome for outcome in outcomes if outcome)
         return notes
@@ -335,6 +344,8 @@ class Register:
         except SeerError as error:
             release(lock, notebook_lock)
             return f"{handle}: {error}"
+        clear_parts(folder / "record.json")
+        clear_parts(path)
         document = Notebook(path, cells, metadata)
         document.folded = int((metadata or {}).get("seer", {}).get("folded", 0))
         session = Session(handle, name, owner, backend_name, document, folder, lock, created)
@@ -348,6 +359,7 @@ class Register:
             else:  # its server died while it started
                 sandbox = None
                 await backend.clear(handle)
+                shutil.rmtree(self._runtime_dir(handle), ignore_errors=True)
         except SandboxUnreachable as error:
             release(lock, notebook_lock)
             return f"{handle}: {error}"
@@ -363,6 +375,18 @@ class Register:
             fault_point("find.followed")
         self._sessions[handle] = session
         return None
+
+    def _forget_cut_off(self, folder: Path) -> None:
+        """Remove the folder of a start that was cut off before its record: nothing of it runs."""
+        try:
+            if time.time() - folder.stat().st_mtime < CUT_OFF_SECONDS:
+                return  # perhaps another server is about to write the record
+        except FileNotFoundError:
+            return
+        lock = Lock(folder / "lock")
+        if lock.take():
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
 
     def _ended(self, session: Session) -> None:
         """The record stays for a while, so that the handle can be asked about; the rest goes."""
