@@ -94,6 +94,8 @@ class Config:
     max_sandboxes: int = 60
     on_exit: Literal["keep", "stop"] = "keep"
     """Whether local sandboxes outlive the server (the next server finds them again)."""
+    audit_code: int = 4000
+    """Characters of each piece of code that the audit file keeps, beside its hash."""
     fault: str = ""
     """SEER_MCP_FAULT: where a test wants the server or its hosts killed (kernel_host/fault.py)."""
 
@@ -121,6 +123,7 @@ def from_environment(
     max_wait: float | None = None,
     output_cap: int | None = None,
     on_exit: Literal["keep", "stop"] = "keep",
+    audit_code: int | None = None,
 ) -> Config:
     """The Config of this process. Flags win over environment variables, these over defaults."""
     project = Path(environ.get("CLAUDE_PROJECT_DIR") or cwd)
@@ -147,5 +150,6 @@ def from_environment(
         idle_limit=defaults.idle_limit if idle_limit is None else idle_limit,
         output_cap=defaults.output_cap if output_cap is None else output_cap,
         on_exit=on_exit,
+        audit_code=defaults.audit_code if audit_code is None else audit_code,
         fault=environ.get("SEER_MCP_FAULT", ""),
     )

@@ -23,10 +23,11 @@ FLOORS = [
     ["backends"],
     ["catalogue"],
     ["notebook", "kernel", "packs", "environment", "config"],
-    ["ipynb"],
+    ["ipynb", "observe"],
+    ["audit"],
     ["render"],
-    ["outputs"],
-    ["errors", "files", "text", "merge", "kernel_host"],
+    ["outputs", "logs"],
+    ["errors", "files", "sharedfile", "text", "merge", "kernel_host"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 KNOW_MCP = {"tools", "server", "http", "render", "cli", "demo"}

@@ -27,8 +27,9 @@ from ..files import Lock, checked_name, clear_parts, private_dir, resolve_inside
 from ..ipynb import read_notebook
 from ..kernel_host.fault import fault_point
 from ..notebook import Notebook
+from ..observe import Observer
 from ..packs import Packs
-from .session import Session
+from .session import RunInfo, Session
 
 FORGET_SECONDS = 7 * 86400.0
 CUT_OFF_SECONDS = 60.0
@@ -51,6 +52,7 @@ class Register:
         self._elsewhere: dict[str, str] = {}  # handles that another server holds -> owner
         self._work: set[asyncio.Task[Any]] = set()
         self.closed = asyncio.Event()
+        self.observer = Observer(config.state_dir, config.audit_code)
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -59,6 +61,7 @@ class Register:
         private_dir(self.config.state_dir)
         private_dir(self.config.state_dir / "sandboxes")
         private_dir(self.config.runtime_dir)
+        self.observer.open(on_exit=self.config.on_exit)
         self._first_scan = asyncio.create_task(self._scan(), name="find sandboxes again")
 
     async def close(self) -> None:
@@ -71,6 +74,7 @@ class Register:
             await asyncio.gather(*(s.terminate("the server ended") for s in live))
         else:
             await asyncio.gather(*(s.let_go() for s in live))
+        self.observer.close()
         self.closed.set()
 
     def backend(self, name: str) -> Backend:
@@ -189,6 +193,7 @@ class Register:
             path.parent,
             (path,),
             self.packs.read().importable(),
+            owner,
         )
         attached = False
         try:
@@ -213,10 +218,27 @@ class Register:
             shutil.rmtree(state_dir, ignore_errors=True)
             self._remove_if_empty(path, source)
             raise
+        self._watch(session)
+        self._sessions[handle] = session
+        self._note("started", session)
+        return session
+
+    def _watch(self, session: Session) -> None:
         session.on_change = lambda s, cell: self.on_change(s, cell)
         session.on_end = self._ended
-        self._sessions[handle] = session
-        return session
+        session.on_run_begun = lambda s, run, code: self.observer.run_begun(s.facts(run), code)
+        session.on_run_over = self._run_over
+
+    def _run_over(self, session: Session, run: RunInfo) -> None:
+        self.observer.run_over(
+            session.facts(run), run.state, run.started, run.seconds, run.output_bytes, run.code
+        )
+
+    def _note(self, did: str, session: Session) -> None:
+        path = str(session.notebook.path)
+        self.observer.sandbox(
+            did, session.handle, session.owner, session.backend_name, path, session.ended
+        )
 
     def _runtime_dir(self, handle: str) -> Path:
         """Where its sockets are: a path that is short, whatever the handle is."""
@@ -350,8 +372,7 @@ class Register:
         document.folded = int((metadata or {}).get("seer", {}).get("folded", 0))
         session = Session(handle, name, owner, backend_name, document, folder, lock, created)
         session.notebook_lock = notebook_lock
-        session.on_change = lambda s, cell: self.on_change(s, cell)
-        session.on_end = self._ended
+        self._watch(session)
         try:
             backend = self.backend(backend_name)
             if sandbox_record:
@@ -368,11 +389,16 @@ class Register:
             return f"{handle}: its record names no sandbox ({error!r}); remove {folder} when nothing of it runs."
         fault_point("find.found")
         if sandbox is None:
-            await session.declare_lost("it ended while no server was there")
+            if sandbox_record:
+                await backend.clear(handle)  # a killed host may leave what it started
+            await session.declare_lost(
+                "it ended while no server was there", backend, sandbox_record
+            )
         else:
             session.attach(backend, sandbox, document.rewind())
             await session.follow_again()
             fault_point("find.followed")
+            self._note("found again", session)
         self._sessions[handle] = session
         return None
 
@@ -390,6 +416,7 @@ class Register:
 
     def _ended(self, session: Session) -> None:
         """The record stays for a while, so that the handle can be asked about; the rest goes."""
+        self._note("ended", session)
         write_json(session.state_dir / "record.json", session.record())
         fault_point("stop.recorded")
         for entry in session.state_dir.iterdir():

@@ -27,6 +27,7 @@ from ..files import Lock
 from ..kernel import Event, Link
 from ..kernel_host.fault import fault_point
 from ..notebook import UNFINISHED, Cell, Notebook
+from ..observe import Call, RunFacts, current_call
 from ..outputs import Outputs
 
 Heartbeat = Callable[[str], Awaitable[None]]
@@ -55,7 +56,13 @@ class RunInfo:
     dropped_bytes: int = 0
     outputs: Outputs | None = None
     """A command's outputs (a cell's are in the notebook)."""
+    call: Call | None = None
+    """The tool call that began it, if that was one of this server."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+async def nothing() -> None:
+    """What was left behind by a sandbox that never was."""
 
 
 class Session:
@@ -91,7 +98,10 @@ class Session:
         """Bytes of output that the host could not keep because its disk was full."""
         self.on_change: Callable[[Session, str], None] = lambda session, cell: None
         self.on_end: Callable[[Session], None] = lambda session: None
+        self.on_run_begun: Callable[[Session, RunInfo, str], None] = lambda session, run, code: None
+        self.on_run_over: Callable[[Session, RunInfo], None] = lambda session, run: None
         self._sandbox: Sandbox | None = None
+        self._left_behind: Callable[[], Awaitable[Path | None]] = nothing
         self._link: Link | None = None
         self._saver: asyncio.Task[None] | None = None
         self._closing_why = ""
@@ -105,6 +115,7 @@ class Session:
         """Begin to follow a sandbox from event `start` on."""
         self._sandbox = sandbox
         record = sandbox.record()
+        self._find_left_behind(backend, record)
 
         async def is_gone() -> str | None:
             found = await backend.find(record)
@@ -133,26 +144,32 @@ class Session:
             if run not in known:
                 self._finish(run, "not_run", "the server ended before the kernel heard of it")
 
-    async def declare_lost(self, why: str) -> None:
+    async def declare_lost(self, why: str, backend: Backend, record: Record | None) -> None:
         """After a restart of the server: the machine is not there any more."""
-        start = self.notebook.rewind() if self._journal.exists() else 0
-        await self._end_lost(why, start)
+        if record:
+            self._find_left_behind(backend, record)
+        journal = await self._left_behind()
+        await self._end_lost(why, self.notebook.rewind() if journal else 0)
 
     async def _end_lost(self, why: str, start: int) -> None:
-        await self._read_left_behind(start)
+        if journal := await self._left_behind():
+            await self._read_left_behind(journal, start)
         closed = self._closing_why
         await self._end(closed or why, "expired" if closed else "sandbox_lost")
 
-    @property
-    def _journal(self) -> Path:
-        return self.state_dir / "journal.jsonl"
+    def _find_left_behind(self, backend: Backend, record: Record) -> None:
+        async def left_behind() -> Path | None:
+            try:
+                return await backend.left_behind(record, self.state_dir / "left-behind.jsonl")
+            except SandboxUnreachable:
+                return None  # what was fetched before is all that can be had
 
-    async def _read_left_behind(self, start: int) -> None:
-        """From event `start` on, what the host wrote down and nobody fetched, if its journal is here."""
-        if not self._journal.exists():
-            return
+        self._left_behind = left_behind
+
+    async def _read_left_behind(self, journal: Path, start: int) -> None:
+        """From event `start` on, what the host wrote down and nobody fetched."""
         began = time.monotonic()
-        with self._journal.open("rb") as file:
+        with journal.open("rb") as file:
             for line in file:
                 try:
                     event: Event = json.loads(line)
@@ -244,9 +261,12 @@ class Session:
 
     def _finish(self, id: str, state: str, why: str) -> None:
         self.notebook.finish(id, state, why)
-        if (run := self.runs.get(id)) is not None:
+        cell = self.notebook.by_run(id)
+        run = self.runs.get(id) or (self.run_of(cell) if cell else None)
+        if run is not None:
             run.state, run.why = state, why
             run.over.set()
+            self.on_run_over(self, run)
 
     def _own(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task that belongs to the session, not to the call that began it."""
@@ -287,6 +307,7 @@ class Session:
             if run.outputs:
                 run.outputs.close()
             run.over.set()
+            self.on_run_over(self, run)
         elif cell is None and run.kind == "command":
             run.outputs = run.outputs or Outputs(
                 lambda i: self.notebook.outputs_dir / f"{id}-{i}.txt"
@@ -312,9 +333,10 @@ class Session:
             raise KernelDead(self.kernel_how)
         runs: list[RunInfo] = []
         for cell in cells:
-            run = RunInfo("r" + secrets.token_hex(5), "cell", cell.id)
+            run = RunInfo("r" + secrets.token_hex(5), "cell", cell.id, call=current_call())
             self.runs[run.id] = run
             self.notebook.begin(cell, run.id)
+            self.on_run_begun(self, run, cell.source)
             runs.append(run)
         fault_point("run.noted")
         await asyncio.shield(self._own(self._submit(cells, runs, stop_on_error)))
@@ -337,14 +359,21 @@ class Session:
             await self._save_quietly()
             raise
 
+    def facts(self, run: RunInfo) -> RunFacts:
+        """What is noted of a run in log and audit."""
+        cell = run.subject if run.kind == "cell" else None
+        path = str(self.notebook.path)
+        return RunFacts(run.id, run.kind, self.handle, cell, self.owner, path, run.call)
+
     def _settled(self, cell: Cell) -> bool:
         run = self.runs.get(cell.seer.get("run", ""))
         return run is not None and run.over.is_set()
 
     async def command(self, command: str) -> RunInfo:
         """Start a shell command in the sandbox, beside the kernel."""
-        run = RunInfo("c" + secrets.token_hex(5), "command", command)
+        run = RunInfo("c" + secrets.token_hex(5), "command", command, call=current_call())
         self.runs[run.id] = run
+        self.on_run_begun(self, run, command)
         await asyncio.shield(
             self._own(self._linked().request("command", run=run.id, command=command))
         )
