@@ -8,6 +8,7 @@ tail and says where the rest is.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ HEAD = 40_000  # of which, when it is longer: so many from its beginning
 TAIL = 16_000  # and so many from its end
 
 STREAMS = ("stdout", "stderr")
+JSON_TYPE = re.compile(r"^application/(.*\+)?json$")  # nbformat's own rule
 
 Event = dict[str, Any]
 Output = dict[str, Any]
@@ -276,7 +278,7 @@ class Outputs:
 def bundle(data: dict[str, Any]) -> dict[str, Any]:
     """A MIME bundle as nbformat allows it: only JSON types may hold something other than text."""
     return {
-        mime: value if isinstance(value, str) or mime.endswith("json") else json.dumps(value)
+        mime: value if isinstance(value, str) or JSON_TYPE.search(mime) else json.dumps(value)
         for mime, value in data.items()
     }
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 Event = Dict[str, Any]
 ERROR_PIECE = 100_000  # characters of one text of an error
+DEPTH = 100  # levels of nesting: a reader's stack is not endless
 DISPLAYS = {"display_data": "display", "execute_result": "result", "update_display_data": "update"}
 
 
@@ -17,24 +18,57 @@ def output_event(kind: str, content: Dict[str, Any]) -> Optional[Event]:
     if kind in DISPLAYS:
         event = {
             "type": DISPLAYS[kind],
-            "data": of_type(dict, content["data"]),
-            "metadata": of_type(dict, content.get("metadata", {})),
-            "display_id": content.get("transient", {}).get("display_id"),
+            "data": shallow(of_type(dict, content["data"])),
+            "metadata": shallow(of_type(dict, content.get("metadata", {}))),
+            "display_id": display_id_of(content.get("transient")),
         }
         if kind == "execute_result":
-            event["count"] = of_type(int, content["execution_count"])
+            event["count"] = count_of(content)
         return event
     if kind == "error":
         event = {
             "type": "error",
             "ename": of_type(str, content["ename"]),
             "evalue": of_type(str, content["evalue"]),
-            "traceback": of_type(list, content["traceback"]),
+            "traceback": shallow(of_type(list, content["traceback"])),
         }
         return clipped(event, ERROR_PIECE)
     if kind == "clear_output":
         return {"type": "clear", "wait": bool(content.get("wait"))}
     return None
+
+
+def count_of(content: Dict[str, Any]) -> Optional[int]:
+    """The number of an execution, as a notebook can hold it."""
+    count = content.get("execution_count")
+    return count if type(count) is int and 0 <= count < 2**53 else None
+
+
+def display_id_of(transient: Any) -> Optional[str]:
+    id = transient.get("display_id") if isinstance(transient, dict) else None
+    return id if isinstance(id, str) else None
+
+
+def pages_of(reply: Dict[str, Any]) -> List[Dict[str, Any]]:
+    """The texts for a pager in a reply, which is where `name?` shows what it found."""
+    found = reply.get("payload")
+    payloads = [p for p in found if isinstance(p, dict)] if isinstance(found, list) else []
+    return [
+        shallow(p["data"])
+        for p in payloads
+        if p.get("source") == "page" and isinstance(p.get("data"), dict)
+    ]
+
+
+def shallow(value: Any, depth: int = DEPTH) -> Any:
+    """The value; what is nested deeper than `depth` levels is replaced by a text that says so."""
+    if not isinstance(value, (list, dict)):
+        return value
+    if depth == 0:
+        return "… nested deeper than %d levels: left out …" % DEPTH
+    if isinstance(value, list):
+        return [shallow(v, depth - 1) for v in value]
+    return {k: shallow(v, depth - 1) for k, v in value.items()}
 
 
 def escape_surrogates(value: Any) -> Any:

@@ -18,7 +18,15 @@ import time
 from typing import Any, Awaitable, Callable, Deque, Dict, List, Optional, Set
 
 from .commands import Commands
-from .events import Event, display_event, escape_surrogates, of_type, output_event
+from .events import (
+    Event,
+    count_of,
+    display_event,
+    escape_surrogates,
+    of_type,
+    output_event,
+    pages_of,
+)
 from .fault import fault_point
 from .folder import Folder
 from .journal import Journal
@@ -52,6 +60,7 @@ class Run:
         self.interrupted = False
         self.reply: Optional[Dict[str, Any]] = None
         self.idle = False
+        self.heard_of = False  # the kernel has said something about it
         self.output_bytes = 0
         self.dropped_bytes = 0
 
@@ -243,15 +252,16 @@ class Host:
         if channel == "shell":
             if (asked := self.probes.pop(parent, None)) is not None:
                 self._spawn(self._end_if_dropped(asked))
-            if run and kind == "execute_reply":
-                for payload in content.get("payload", ()):
-                    if payload.get("source") == "page":  # what `name?` shows
-                        self._output(run, display_event(payload["data"]), 0)
-                run.reply = content
+            if run and run.reply is None and kind == "execute_reply":
+                run.reply = of_type(dict, content)
+                for data in pages_of(content):
+                    self._output(run, display_event(data), 0)
                 self._maybe_over(run)
             return
         if channel != "iopub":
             return
+        if run and not run.over:
+            run.heard_of = True
         if kind == "status":
             if run and content["execution_state"] == "idle":
                 run.idle = True
@@ -261,16 +271,22 @@ class Host:
         if run is None or run.kind != "cell":
             return
         if kind == "stream":
-            self._stream(run, content["name"], of_type(str, content["text"]))
+            self._stream(run, of_type(str, content["name"]), of_type(str, content["text"]))
         elif (event := output_event(kind, content)) is not None:
-            size = len(json.dumps(content["data"])) if "data" in content else 0
+            size = len(json.dumps(event["data"])) if "data" in event else 0
             self._output(run, event, size)
 
     async def _end_if_dropped(self, run: Run) -> None:
         """The kernel has gone past an interrupted run: it is over, unless its end is under way."""
         await asyncio.sleep(0.5)
         if self.active is run:
-            self._end(run, "interrupted", "the interrupt came before it had begun")
+            if run.reply is not None:
+                why = "the kernel had answered, but never said that it was idle"
+            elif run.heard_of:
+                why = "the kernel went on to what was asked behind it, and never said how it ended"
+            else:
+                why = "the interrupt came before it had begun"
+            self._end(run, "interrupted", why)
             self._next()
 
     def _maybe_over(self, run: Run) -> None:
@@ -284,7 +300,7 @@ class Host:
             state = "interrupted" if stopped else "error"
         else:
             state = "not_run"
-        self._end(run, state, "", run.reply.get("execution_count"))
+        self._end(run, state, "", count_of(run.reply))
         if state != "complete" and run.stop_on_error:
             self._drop_group(run.group, "an earlier cell of the same call ended with %s" % state)
         self._next()
