@@ -15,7 +15,7 @@ async def main() -> None:
 
         async def call(tool: str, **arguments: str) -> dict:
             result = await client.call_tool(tool, arguments)
-            print(f"> {tool}\n{result.content[0].text}\n")
+            print(f"> {tool}", *(b.text for b in result.content if b.type == "text"), sep="\n")
             return result.meta
 
         sandbox = (await call("start_sandbox", name="first"))["seer/sandbox"]["handle"]

@@ -11,7 +11,7 @@ from mcp.types import CallToolResult, ContentBlock, ImageContent, TextContent
 
 from .errors import BadInput
 from .outputs import Piece
-from .text import printable, strip_ansi, tidy_traceback
+from .text import printable, strip_ansi, tidy_traceback, visible
 
 TEXT_BUDGET = 20_000  # characters of a result
 ERROR_BUDGET = 8_000  # of which a traceback may take so many
@@ -21,21 +21,35 @@ IMAGE_BYTES = 300_000
 ANSWER_BYTES = 640_000  # of all images of a result: an HTTP client refuses an event above 1 MiB
 
 
+@dataclass(frozen=True)
+class Part:
+    """One text block of a result."""
+
+    text: str
+    source: str = ""
+    """Where the text comes from ("output of cell 3f2a"), or "" if the words are the server's."""
+
+
 @dataclass
 class Answer:
-    """A tool's result while it is put together."""
+    """A tool's result while it is put together.
+
+    The server's words and what comes from elsewhere (outputs, files, notebooks) stand in blocks of
+    their own, so that nothing a cell prints can pass for an answer of the server.
+    """
 
     text: str
     images: list[ImageContent] = field(default_factory=list[ImageContent])
-    exact: str | None = None
-    """Text that stands in a block of its own, to the character."""
+    parts: list[Part] = field(default_factory=list[Part])
+    """Further text blocks, to the character."""
     meta: dict[str, Any] = field(default_factory=dict[str, Any])
     is_error: bool = False
 
     def result(self) -> CallToolResult:
-        content: list[ContentBlock] = [TextContent(type="text", text=printable(self.text))]
-        if self.exact is not None:
-            content.append(TextContent(type="text", text=printable(self.exact)))
+        content: list[ContentBlock] = []
+        for part in (Part(self.text), *self.parts):
+            meta = {"seer/source": part.source} if part.source else None
+            content.append(TextContent(type="text", text=printable(part.text), _meta=meta))
         content.extend(self.images)
         meta = {f"seer/{key}": value for key, value in self.meta.items()}
         return CallToolResult(content=content, is_error=self.is_error, _meta=meta or None)
@@ -118,7 +132,7 @@ def joined_blocks(blocks: list[tuple[Piece, str]]) -> str:
         if piece.kind == "stderr":
             parts.append("[stderr] ")
         parts.append(strip_ansi(text))
-    return "".join(parts).rstrip("\n")
+    return visible("".join(parts).rstrip("\n"))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Everything here is linear in the length of its input, whatever the input is.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,27 @@ def printable(text: str) -> str:
 def _escaped(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+# Characters that show nothing, or turn round what is shown: direction overrides, zero widths, tags.
+# Joiners and direction marks stay: scripts and emoji need them.
+_HIDDEN = re.compile("[\u200b\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff\U000e0000-\U000e007f]")
+HIDDEN_SHOWN = 200
+
+
+def visible(text: str) -> str:
+    r"""`text` with hidden characters as escapes (`\u202e`); after the first 200 of them as \ufffd."""
+    if _HIDDEN.search(text) is None:
+        return text
+    count = itertools.count()
+    return _HIDDEN.sub(
+        lambda found: _long_escape(found[0]) if next(count) < HIDDEN_SHOWN else "\ufffd", text
+    )
+
+
+def _long_escape(character: str) -> str:
+    code = ord(character)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 class _Line:

@@ -15,6 +15,7 @@ from ..render import (
     IMAGES,
     TEXT_BUDGET,
     Answer,
+    Part,
     digest,
     images_of,
     scaled,
@@ -134,7 +135,7 @@ async def of_run(
     shown = found[-IMAGES:]
     limit = min(IMAGE_BYTES, ANSWER_BYTES // (len(shown) if alone else IMAGES) if shown else 0)
     made = await asyncio.to_thread(lambda: [scaled(*image, limit=limit) for image in shown])
-    lines = [head + notes(session, run), body, *(m for m in made if isinstance(m, str))]
+    lines = [head + notes(session, run), *(m for m in made if isinstance(m, str))]
     if run.state == "complete" and not body and not found:
         lines.append("(no output)")
     failed = run.state in (
@@ -148,6 +149,7 @@ async def of_run(
     return Answer(
         "\n".join(line for line in lines if line),
         [m for m in made if not isinstance(m, str)],
+        [Part(body, f"output of {run.kind} {next(iter(key.values()))}")] if body else [],
         meta={"run": run_meta(run), "notebook": str(session.notebook.path)},
         is_error=failed,
     )
@@ -161,15 +163,16 @@ async def of_runs(session: Session, runs: list[RunInfo], waited: float) -> Answe
     answers = [await of_run(session, run, waited, each, alone=False) for run in runs]
     states = [run.state for run in runs]
     counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
-    text = "\n\n".join([f"{len(runs)} cells: {counts}", *(a.text for a in answers)])
-    if len(text) > TEXT_BUDGET:
+    text = f"{len(runs)} cells: {counts}"
+    parts = [part for a in answers for part in (Part(a.text), *a.parts)]
+    if len(text) + sum(len(part.text) + 1 for part in parts) > TEXT_BUDGET:
         brief = "\n".join(headline(session, run, waited)[:160] for run in runs)
-        text = f"{len(runs)} cells: {counts}. Read any one with read_outputs.\n{brief}"[
-            :TEXT_BUDGET
-        ]
+        text = f"{text}. Read any one with read_outputs.\n{brief}"[:TEXT_BUDGET]
+        parts = []
     return Answer(
         text,
         [image for a in answers for image in a.images][-IMAGES:],
+        parts,
         meta={"runs": [run_meta(run) for run in runs], "notebook": str(session.notebook.path)},
         is_error=any(a.is_error for a in answers),
     )

@@ -12,8 +12,8 @@ from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.tools import Tool
 from mcp.types import CallToolResult
 
-from ..errors import BadInput
-from ..render import TEXT_BUDGET, Answer, scaled
+from ..errors import BadInput, show
+from ..render import TEXT_BUDGET, Answer, Part, scaled
 from ..sessions import Register
 from .answers import call, of_run
 from .seam import Count, Seconds, heartbeat, owner, tool
@@ -37,6 +37,11 @@ def size(count: int) -> str:
         if count < 1e7
         else f"{count / 1e6:,.1f} MB"
     )
+
+
+def one_line(name: str) -> str:
+    """A file name as it can stand in a list: one that breaks the line is quoted."""
+    return name if name.isprintable() else show(name, 1000)
 
 
 def tools(register: Register) -> list[Tool]:
@@ -86,7 +91,7 @@ def tools(register: Register) -> list[Tool]:
         )
         return Answer(
             f"{path}: bytes {offset:,} to {offset + cut:,} of {total:,}.{after}",
-            exact=text,
+            parts=[Part(text, f"file {path}")],
             meta={"file": {"path": path, "size": total, "next": offset + cut if after else None}},
         ).result()
 
@@ -133,15 +138,17 @@ def tools(register: Register) -> list[Tool]:
         entries, total = await session.list_files(path)
         lines = [
             f"{size(e['size']):>10}  {datetime.fromtimestamp(e['time']):%Y-%m-%d %H:%M}"
-            f"  {e['name']}{'/' if e['folder'] else ''}"
+            f"  {one_line(e['name'])}{'/' if e['folder'] else ''}"
             for e in entries
         ]
         room = TEXT_BUDGET
         shown = [line for line in lines if (room := room - len(line) - 1) > 0]
         hint = "; run_command with ls and a pattern shows a part" if total > len(shown) else ""
-        more = f"\n… and {total - len(shown)} more{hint}" if hint else ""
+        more = f", {total - len(shown)} of them not shown{hint}" if hint else ""
         return Answer(
-            f"{path}: {total} entries\n" + "\n".join(shown) + more, meta={"files": entries}
+            f"{path}: {total} entries{more}",
+            parts=[Part("\n".join(shown), f"folder {path}")] if shown else [],
+            meta={"files": entries},
         ).result()
 
     return [

@@ -12,7 +12,7 @@ from mcp.types import CallToolResult
 
 from ..errors import BadInput, NotFound
 from ..notebook import UNFINISHED, Cell
-from ..render import TEXT_BUDGET, Answer, digest, exact_page, images_of, scaled
+from ..render import TEXT_BUDGET, Answer, Part, digest, exact_page, images_of, scaled
 from ..sessions import Register, RunInfo, Session
 from .answers import call, cell_line, notes, of_run, pieces_of, reading_on, run_meta
 from .seam import Count, Seconds, heartbeat, owner, tool
@@ -114,7 +114,7 @@ def tools(register: Register) -> list[Tool]:
             after = f"{more}: {call('read_outputs', sandbox=sandbox, **key, cursor=following)}"
         return Answer(
             f"{what}: exact text from {cursor} on, of {page.total:,} in all{state}. {after}",
-            exact=page.text,
+            parts=[Part(page.text, f"output of {what}")],
             meta={
                 "run": run_meta(found),
                 "page": {"cursor": cursor, "next": following, "total": page.total},
@@ -150,7 +150,9 @@ def tools(register: Register) -> list[Tool]:
             for c in notebook.cells[:2000]
         ]
         return Answer(
-            f"{title}\n{part}", meta={"notebook": str(notebook.path), "cells": listed}
+            title,
+            parts=[Part(part, "the notebook")] if part else [],
+            meta={"notebook": str(notebook.path), "cells": listed},
         ).result()
 
     return [
