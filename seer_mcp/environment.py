@@ -17,4 +17,11 @@ class SandboxSpec(BaseModel):
     """Seconds without use after which the sandbox ends itself."""
     lifetime: float | None = Field(default=None, gt=0)
     """Seconds after which the sandbox ends whatever happens."""
+    memory: int | None = Field(default=None, ge=64)
+    """MiB that everything in the sandbox may use together, or None for no limit of our own."""
+    processes: int | None = Field(default=None, ge=16)
+    """Processes and threads at once (local). The default is 512, or 16 for each core if that is more:
+    libraries start threads by the core."""
+    network: bool = True
+    """Whether code in the sandbox may reach the network. A backend that cannot shut it out refuses."""
     env: dict[str, str] = Field(default_factory=dict[str, str])

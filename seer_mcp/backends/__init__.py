@@ -36,6 +36,8 @@ class Place:
     """Files that write_file must refuse: the notebook."""
     packs: Mapping[str, Path]
     """Import name -> file or folder that the kernel can import."""
+    owner: str = ""
+    """Who started it, for sweep."""
 
 
 class Sandbox(Protocol):
@@ -44,16 +46,41 @@ class Sandbox(Protocol):
     async def dial(self) -> tuple[StreamReader, StreamWriter]:
         """A fresh stream of JSON lines to the host. Called by the link, again after each break.
 
-        Raises SandboxUnreachable if the host is away just now.
+        Raises SandboxUnreachable if the host is away just now. A host that is there and does not
+        answer is not noticed here: requests over the link have their own time limits.
+        """
+        ...
+
+    async def put(self, local: Path, remote: str) -> None:
+        """Copy a file of this side into the sandbox, of any size and content.
+
+        `remote` is relative to the kernel's working folder, or an absolute path in it; missing
+        folders are made. A file that is there is replaced as a whole, or not at all. The file is
+        executable there if it is here. Raises NotFound (no such file here), BadInput (`remote` is
+        a folder, leaves the sandbox's folder, or is protected), SandboxUnreachable.
+        """
+        ...
+
+    async def get(self, remote: str, local: Path) -> None:
+        """Copy a file of the sandbox to this side: the other way, with the same rules.
+
+        Raises BadInput if there is no such file in the sandbox, or `local` is a folder.
         """
         ...
 
     async def terminate(self) -> None:
-        """End the machine. Idempotent; returns only when it is gone."""
+        """End the machine and all that was started on it, also what left its parent.
+
+        Called by a session that ends, by a start that fails, and after a host died. Idempotent, by
+        several callers at once too; returns only when everything is gone.
+        """
         ...
 
     def record(self) -> Record:
-        """Enough to find it again from another process; holds no secret."""
+        """Enough to find it again from another process: JSON, small, the same for its whole life.
+
+        Holds no secret: neither values of spec.env nor of the server's environment.
+        """
         ...
 
     def log(self) -> str:
@@ -62,16 +89,50 @@ class Sandbox(Protocol):
 
 
 class Backend(Protocol):
+    """Starts, finds and ends machines. Made once per server, with its Config."""
+
     async def start(self, spec: SandboxSpec, place: Place, report: Progress) -> Sandbox:
-        """A running machine whose host answers. Raises SandboxStartFailed, with nothing left over."""
+        """A running machine whose host answers; its kernel may still be starting.
+
+        Called by the register for start_sandbox; `report` is told what is being waited for. Raises
+        BadInput (a spec that this backend cannot serve) or SandboxStartFailed with the end of the
+        host's log. Then, and when it is cancelled, nothing is left over.
+        """
         ...
 
     async def find(self, record: Record) -> Sandbox | None:
-        """The machine of a record, or None if it is gone. Raises SandboxUnreachable if neither can be told."""
+        """The machine of a record, or None if it has ended.
+
+        Called by the next server at its start, and by the link when it cannot dial. That the
+        machine is gone is an answer; raises SandboxUnreachable if neither can be told.
+        """
         ...
 
     async def clear(self, handle: str) -> None:
-        """End whatever runs under this handle; called when a start was cut off before its record."""
+        """End whatever runs under this handle and free what it held.
+
+        Called when a start was cut off before its record, and when a machine was found to have
+        ended (a killed host may leave processes). A handle that nobody knows is no error.
+        """
+        ...
+
+    async def sweep(self, owner: str) -> list[Record]:
+        """What runs there under our tag: records of this owner's sandboxes ("": of all owners').
+
+        Asks the machines, not the state folder, so that a sandbox whose record is lost is named as
+        well; never names one of another state folder. A record is good for `find`; where `find`
+        answers None only remains are left, and `clear` ends them. Called by who looks for what
+        costs money or memory and is in no record.
+        """
+        ...
+
+    async def left_behind(self, record: Record, local: Path) -> Path | None:
+        """The journal of a sandbox whose host has ended: a file on this side, or None.
+
+        Called by a session that lost its sandbox, to fold what nobody fetched. A backend that has
+        to fetch it puts it at `local`. None is an answer: nothing was kept. Raises
+        SandboxUnreachable if it cannot be told now.
+        """
         ...
 
 

@@ -1,43 +1,58 @@
 """Sandboxes on this machine: a process group with a kernel host in a session of its own.
 
 Not a security boundary: what runs in it can do what the user can do. It outlives the server, and
-ends itself when idle.
+ends itself when idle. Its processes are marked in their environment with its handle, so that they
+can be found without a record.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from asyncio import StreamReader, StreamWriter
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from .. import kernel_host
 from ..config import Config
 from ..environment import SandboxSpec
-from ..errors import BadInput, SandboxStartFailed, SandboxUnreachable
+from ..errors import BadInput, NotFound, SandboxStartFailed, SandboxUnreachable
 from ..files import private_dir, write_json
+from ..kernel_host import limits
 from ..kernel_host.fault import fault_point, in_host
+from ..kernel_host.folder import Folder, replace
 from . import Place, Progress, Record
 
-MARK = "SEER_MCP_SANDBOX"  # in the environment of every process of a sandbox
+# In the environment of every process of a sandbox:
+MARK = "SEER_MCP_SANDBOX"  # its handle
+INSTANCE = "SEER_MCP_INSTANCE"  # whose it is: a digest of the state folder
 LINE_LIMIT = 256 * 1024 * 1024
 START_SECONDS = 30.0
+MEANS = limits.MEANS
+PROCESSES = max(512, 16 * (os.cpu_count() or 1))
+COPY_PIECE = 1 << 20
 
 
 class LocalSandbox:
-    def __init__(self, handle: str, socket: Path, folder: Path, pid: int, started: float) -> None:
-        self._handle = handle
-        self._socket = socket
-        self._folder = folder
-        self._pid = pid
-        self._started = started
+    def __init__(self, instance: str, record: Record) -> None:
+        self._instance = instance
+        self._record = record
+        self._handle = str(record["handle"])
+        self._socket = Path(record["socket"])
+        self._folder = Path(record["folder"])
+        self._pid = int(record["pid"])
+        self._started = float(record["started"])
+        self._groups = [str(group) for group in record.get("groups", [])]
         self.child: subprocess.Popen[bytes] | None = None
 
     async def dial(self) -> tuple[StreamReader, StreamWriter]:
@@ -57,6 +72,37 @@ class LocalSandbox:
         except psutil.NoSuchProcess:
             return False
 
+    async def put(self, local: Path, remote: str) -> None:
+        await asyncio.to_thread(self._put, local, remote)
+
+    def _put(self, local: Path, remote: str) -> None:
+        info = regular(local)
+        try:
+            target = self._files().target(remote)
+        except ValueError as error:
+            raise BadInput("remote", remote, str(error)) from error
+        copy(local, target, 0o755 if info.st_mode & stat.S_IXUSR else 0o644)
+
+    async def get(self, remote: str, local: Path) -> None:
+        await asyncio.to_thread(self._get, remote, local)
+
+    def _get(self, remote: str, local: Path) -> None:
+        try:
+            source = Path(self._files().existing(remote))
+        except ValueError as error:
+            raise BadInput("remote", remote, str(error)) from error
+        if local.is_dir():
+            raise BadInput("local", str(local), "it is a folder; name a file in it")
+        local.parent.mkdir(parents=True, exist_ok=True)
+        copy(source, str(local), 0o755 if source.stat().st_mode & stat.S_IXUSR else 0o644)
+
+    def _files(self) -> Folder:
+        """The sandbox's folder, with the host's own rules. Raises SandboxUnreachable if it is gone."""
+        if not self.alive():
+            raise SandboxUnreachable(f"Sandbox {self._handle} is not there any more.")
+        config = hosted(self._folder)
+        return Folder(config["cwd"], config["protected"])
+
     async def terminate(self) -> None:
         if self.alive():
             os.kill(self._pid, signal.SIGTERM)
@@ -66,40 +112,84 @@ class LocalSandbox:
                 await asyncio.sleep(0.05)
         if self.alive():
             os.kill(self._pid, signal.SIGKILL)
-        while await asyncio.to_thread(kill_marked, self._handle) or self.alive():
+        while await asyncio.to_thread(kill_marked, self._handle, self._instance) or self.alive():
             await asyncio.sleep(0.02)
+        await asyncio.to_thread(limits.remove, self._groups)
         shutil.rmtree(self._socket.parent, ignore_errors=True)
 
     def record(self) -> Record:
-        return {
-            "handle": self._handle,
-            "pid": self._pid,
-            "started": self._started,
-            "socket": str(self._socket),
-            "folder": str(self._folder),
-        }
+        return self._record
 
     def log(self) -> str:
         path = self._folder / "host.log"
         return path.read_text(errors="backslashreplace")[-8000:] if path.exists() else ""
 
 
-def kill_marked(handle: str) -> int:
-    """SIGKILL every process that carries the sandbox's mark; how many there were."""
-    count = 0
+def regular(path: Path) -> os.stat_result:
+    """What a file to send is like. Raises NotFound or BadInput."""
+    try:
+        info = path.stat()
+    except FileNotFoundError:
+        raise NotFound("file", str(path)) from None
+    if not stat.S_ISREG(info.st_mode):
+        raise BadInput("local", str(path), "it is not a file")
+    return info
+
+
+def copy(source: Path, target: str, mode: int) -> None:
+    """`target` is the whole of `source`, or as it was."""
+
+    def fill(file: Any) -> None:
+        with source.open("rb") as content:
+            shutil.copyfileobj(content, file, COPY_PIECE)
+
+    replace(target, fill, mode)
+
+
+def hosted(folder: Path) -> dict[str, Any]:
+    """What the host of a sandbox was told at its start."""
+    return json.loads((folder / "host.json").read_text())
+
+
+def marked(instance: str) -> list[tuple[psutil.Process, str]]:
+    """Living processes of this instance's sandboxes, with the handles they carry."""
+    found: list[tuple[psutil.Process, str]] = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == handle and process.status() != psutil.STATUS_ZOMBIE:
-                process.kill()
-                count += 1
+            environ = process.environ()
+            ours = MARK in environ and environ.get(INSTANCE) == instance
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append((process, environ[MARK]))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return count
+    return found
+
+
+def kill_marked(handle: str, instance: str) -> int:
+    """SIGKILL every process that carries the sandbox's mark; how many there were."""
+    ours = [process for process, its in marked(instance) if its == handle]
+    for process in ours:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    return len(ours)
+
+
+def make_private(folder: Path) -> None:
+    """Everything in a folder is its owner's alone, whatever the umask was."""
+    for here, folders, files in os.walk(folder):
+        for name in folders:
+            os.chmod(os.path.join(here, name), 0o700)
+        for name in files:
+            os.chmod(os.path.join(here, name), 0o600)
 
 
 class LocalBackend:
     def __init__(self, config: Config) -> None:
         self._config = config
+        real = os.path.realpath(config.state_dir)
+        self._instance = hashlib.sha256(os.fsencode(real)).hexdigest()[:12]
 
     async def start(self, spec: SandboxSpec, place: Place, report: Progress) -> LocalSandbox:
         python = spec.python or self._config.python
@@ -108,27 +198,41 @@ class LocalBackend:
                 "python", python, "no such program; give the path of a Python interpreter"
             )
         self._check_room(place.runtime_dir)
+        prefix = [] if spec.network else limits.without_network()
+        if not spec.network and not prefix:
+            raise BadInput(
+                "network",
+                spec.network,
+                "this machine lets nobody shut the network out (unshare --net fails); "
+                "use another backend, or allow the network",
+            )
         folder = private_dir(place.state_dir)
         runtime = private_dir(place.runtime_dir)
-        hosted = folder / "host" / "kernel_host"
+        code = private_dir(folder / "host")
         shutil.copytree(
             Path(kernel_host.__file__).parent,
-            hosted,
+            code / "kernel_host",
             ignore=shutil.ignore_patterns("__pycache__"),
             dirs_exist_ok=True,
         )
-        packs = folder / "packs"
-        packs.mkdir(exist_ok=True)
+        make_private(code)
+        packs = private_dir(folder / "packs")
         for name, source in place.packs.items():
             link = packs / (name if source.is_dir() else f"{name}.py")
             link.unlink(missing_ok=True)
             link.symlink_to(source)
-        base = {**self._config.sandbox_env, **spec.env, MARK: place.handle}
+        marks = {MARK: place.handle, INSTANCE: self._instance}
+        base = {**self._config.sandbox_env, **spec.env, **marks}
         # `python` in a cell or command is the kernel's own.
         found = str(Path(str(shutil.which(python))).absolute().parent)
         base["PATH"] = os.pathsep.join(filter(None, [found, base.get("PATH")]))
         path = [str(packs), *filter(None, [spec.env.get("PYTHONPATH")])]
+        plan = limits.prepare(
+            self._group(place.handle), spec.memory, spec.processes or PROCESSES, MEANS
+        )
         config = {
+            "owner": place.owner,
+            "limits": {**plan, "prefix": prefix},
             "directory": str(folder),
             "ipc_directory": str(runtime),
             "socket": str(runtime / "host"),
@@ -141,10 +245,26 @@ class LocalBackend:
             "kernel_timeout": START_SECONDS - 5,
             "fault": self._config.fault if in_host(self._config.fault) else "",
         }
+        try:
+            return await self._launch(python, base, config, place.handle, report)
+        except BaseException:
+            shutil.rmtree(runtime, ignore_errors=True)
+            limits.remove(plan["groups"])
+            raise
+
+    async def _launch(
+        self,
+        python: str,
+        env: dict[str, str],
+        config: dict[str, Any],
+        handle: str,
+        report: Progress,
+    ) -> LocalSandbox:
+        folder = Path(config["directory"])
         write_json(folder / "host.json", config, what="host-config")
         report("starting the kernel host")
         fault_point("sandbox.create")
-        with open(folder / "host.log", "ab") as log:
+        with open(folder / "host.log", "ab", opener=private) as log:
             try:
                 # A few milliseconds. From a thread it would be left running when this is cancelled.
                 child = subprocess.Popen(  # noqa: ASYNC220
@@ -153,11 +273,14 @@ class LocalBackend:
                     stdout=log,
                     stderr=log,
                     cwd=folder,
-                    env={**base, "PYTHONPATH": str(hosted.parent), "PYTHONDONTWRITEBYTECODE": "1"},
+                    env={
+                        **env,
+                        "PYTHONPATH": str(folder / "host"),
+                        "PYTHONDONTWRITEBYTECODE": "1",
+                    },
                     start_new_session=True,
                 )
             except OSError as error:
-                shutil.rmtree(runtime, ignore_errors=True)
                 raise SandboxStartFailed(f"{python} could not be started: {error}") from error
         fault_point("sandbox.created")
         started = time.time()
@@ -165,7 +288,7 @@ class LocalBackend:
             started = psutil.Process(child.pid).create_time()
         except psutil.NoSuchProcess:
             pass  # it ended already; the wait below says so, with its log
-        sandbox = LocalSandbox(place.handle, runtime / "host", folder, child.pid, started)
+        sandbox = self._sandbox(handle, folder, config, child.pid, started)
         sandbox.child = child
         try:
             await self._answering(sandbox, python)
@@ -174,6 +297,25 @@ class LocalBackend:
             await asyncio.shield(sandbox.terminate())
             raise
         return sandbox
+
+    def _sandbox(
+        self, handle: str, folder: Path, config: dict[str, Any], pid: int, started: float
+    ) -> LocalSandbox:
+        return LocalSandbox(
+            self._instance,
+            {
+                "handle": handle,
+                "pid": pid,
+                "started": started,
+                "socket": config["socket"],
+                "folder": str(folder),
+                "groups": config["limits"]["groups"],
+                "limits": config["limits"]["means"],
+            },
+        )
+
+    def _group(self, handle: str) -> str:
+        return f"seer-mcp-{self._instance}-{handle}"
 
     async def _answering(self, sandbox: LocalSandbox, python: str) -> None:
         end = time.monotonic() + START_SECONDS
@@ -206,15 +348,59 @@ class LocalBackend:
             )
 
     async def find(self, record: Record) -> LocalSandbox | None:
-        sandbox = LocalSandbox(
-            str(record["handle"]),
-            Path(record["socket"]),
-            Path(record["folder"]),
-            int(record["pid"]),
-            float(record["started"]),
-        )
+        sandbox = LocalSandbox(self._instance, record)
         return sandbox if sandbox.alive() else None
 
     async def clear(self, handle: str) -> None:
-        while await asyncio.to_thread(kill_marked, handle):
+        while await asyncio.to_thread(kill_marked, handle, self._instance):
             await asyncio.sleep(0.02)
+        groups = await asyncio.to_thread(limits.find_groups, self._group(handle))
+        await asyncio.to_thread(limits.remove, groups)
+        try:
+            sockets = hosted(self._config.state_dir / "sandboxes" / handle)["ipc_directory"]
+        except FileNotFoundError:
+            return  # it was cut off before it had any
+        shutil.rmtree(sockets, ignore_errors=True)
+
+    async def sweep(self, owner: str) -> list[Record]:
+        return await asyncio.to_thread(self._sweep, owner)
+
+    def _sweep(self, owner: str) -> list[Record]:
+        found: dict[str, Record] = {}
+        for process, handle in marked(self._instance):
+            record = self._record_of(process, handle, owner)
+            if record is not None and (handle not in found or record["pid"]):
+                found[handle] = record
+        return list(found.values())
+
+    def _record_of(self, process: psutil.Process, handle: str, owner: str) -> Record | None:
+        """The record of the sandbox that a process belongs to; without a pid if it is not the host.
+
+        None if the sandbox is another owner's.
+        """
+        folder = self._config.state_dir / "sandboxes" / handle
+        bare = {"handle": handle, "pid": 0, "started": 0.0, "socket": "", "folder": str(folder)}
+        try:
+            command = process.cmdline()
+            if "kernel_host" in command:
+                folder = Path(command[-1]).parent
+            config = hosted(folder)
+            if owner and config["owner"] != owner:
+                return None
+            if "kernel_host" in command:
+                started = process.create_time()
+                return self._sandbox(handle, folder, config, process.pid, started).record()
+        except psutil.NoSuchProcess:
+            return None
+        except (OSError, ValueError):
+            return bare  # its folder is gone as well
+        return bare
+
+    async def left_behind(self, record: Record, local: Path) -> Path | None:
+        journal = Path(record["folder"]) / "journal.jsonl"
+        return journal if journal.exists() else None
+
+
+def private(path: str, flags: int) -> int:
+    """An opener of files that are their owner's alone."""
+    return os.open(path, flags, 0o600)

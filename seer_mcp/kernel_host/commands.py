@@ -9,14 +9,17 @@ import signal
 from typing import Any, Callable, Dict, Set
 
 from .kernel import kill_tree
+from .limits import Limits
 
 Emit = Callable[[str, Dict[str, Any]], None]
 
 
 class Commands:
-    def __init__(self, cwd: str, env: Dict[str, str], emit: Emit) -> None:
+    def __init__(self, cwd: str, env: Dict[str, str], limits: Limits, emit: Emit) -> None:
         self._cwd = cwd
         self._env = env
+        self._limits = limits
+        self._condemned: Dict[str, str] = {}
         self._emit = emit
         self.running: Dict[str, asyncio.subprocess.Process] = {}
         self._tasks: Set[asyncio.Task] = set()
@@ -26,9 +29,7 @@ class Commands:
 
     async def start(self, id: str, command: str) -> None:
         process = await asyncio.create_subprocess_exec(
-            "/bin/sh",
-            "-c",
-            command,
+            *self._limits.wrap(["/bin/sh", "-c", command]),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -54,6 +55,8 @@ class Commands:
             reader.cancel()
         del self.running[id]
         why = "exit code %d" % code if code >= 0 else "signal %d" % -code
+        if condemned := self._condemned.pop(id, ""):
+            why += "; ended by the kernel host: " + condemned
         self._emit(id, {"type": "end", "code": code, "why": why})
 
     async def _read(self, id: str, name: str, pipe: Any) -> None:
@@ -70,6 +73,12 @@ class Commands:
         process = self.running.get(id)
         if process:
             os.killpg(process.pid, signal.SIGINT)
+
+    async def condemn(self, why: str) -> None:
+        """End all, because together they are over a limit."""
+        for id, process in list(self.running.items()):
+            self._condemned[id] = why
+            await kill_tree(process.pid)
 
     async def stop_all(self) -> None:
         for process in list(self.running.values()):

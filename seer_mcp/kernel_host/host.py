@@ -31,6 +31,7 @@ from .fault import fault_point
 from .folder import Folder
 from .journal import Journal
 from .kernel import Kernel, KernelFailedToStart, Message, came_from_kernel, descendants, end_all
+from .limits import WATCH_SECONDS, Limits, remove
 
 LINE_LIMIT = 64 * 1024 * 1024  # one request
 STREAM_PIECE = 256 * 1024  # characters of one stream event
@@ -76,7 +77,8 @@ class Host:
         self.output_cap: int = config.get("output_cap", 200_000_000)
         self.journal = Journal(os.path.join(self.directory, "journal.jsonl"))
         self.folder = Folder(config["cwd"], config.get("protected", []))
-        self.commands = Commands(config["cwd"], config["env"], self._command_event)
+        self.limits = Limits(config.get("limits"))
+        self.commands = Commands(config["cwd"], config["env"], self.limits, self._command_event)
         self.runs: Dict[str, Run] = {}
         self.queue: Deque[Run] = collections.deque()
         self.active: Optional[Run] = None
@@ -112,6 +114,8 @@ class Host:
         fault_point("host.listening")
         self._spawn(self._start_kernel())
         self._spawn(self._tick())
+        if self.limits.watched:
+            self._spawn(self._watch_limits())
         await self.closing.wait()
         server.close()
         for run in list(self.queue):
@@ -126,9 +130,20 @@ class Host:
         fault_point("host.closed")
         self._emit({"type": "closing", "why": self.config["why_closed"]})
         await asyncio.sleep(0.2)  # readers that are there get the last lines
-        end_all(descendants(os.getpid()))
+        await self._end_everything()
         os.unlink(address)
         return 0
+
+    async def _end_everything(self) -> None:
+        """Nothing of the sandbox goes on, also not what starts another while it is ended."""
+        for _ in range(100):
+            left = descendants(os.getpid())
+            if not left:
+                break
+            end_all(left)
+            self._reap()
+            await asyncio.sleep(0.01)
+        remove(self.limits.plan["groups"])
 
     def close(self, why: str) -> None:
         self.config.setdefault("why_closed", why)
@@ -162,19 +177,44 @@ class Host:
                 self.close("its lifetime is over")
             self._reap()
 
-    def _reap(self) -> None:
-        """Collect orphans that came to us; children that have an owner here are left to it."""
+    async def _watch_limits(self) -> None:
+        """Where no limit can be set: end what has become too large, the kernel or the commands."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if not self.limits.may_breach():
+                continue
+            family = descendants(os.getpid())
+            why = self.limits.breach(family)
+            if why is None:
+                continue
+            of_kernel = [p for p in family if came_from_kernel(p)]
+            others = [p for p in family if p not in of_kernel]
+            if self.limits.breach(of_kernel) or len(of_kernel) >= len(others):
+                if self.kernel:
+                    self.kernel.condemn(why)
+                self._end_orphans()
+            else:
+                await self.commands.condemn(why)
+                end_all(others)
+
+    def _reap(self) -> bool:
+        """Collect orphans that came to us; children that have an owner here are left to it.
+
+        Whether none is left that has ended.
+        """
         mine = self.commands.pids()
         if self.kernel:
             mine.add(self.kernel.pid)
         while True:
             try:
                 info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-                if info is None or info.si_pid in mine:
-                    return
+                if info is None:
+                    return True
+                if info.si_pid in mine:
+                    return False
                 os.waitpid(info.si_pid, os.WNOHANG)
             except ChildProcessError:
-                return
+                return True
 
     @property
     def busy(self) -> bool:
@@ -193,6 +233,7 @@ class Host:
                 self.config["env"],
                 self.config["cwd"],
                 os.path.join(self.directory, "kernel.log"),
+                self.limits,
                 self._on_message,
                 self._on_exit,
             )
@@ -227,6 +268,14 @@ class Host:
         """End what a kernel that is gone left in sessions of their own; commands go on."""
         end_all(p for p in descendants(os.getpid()) if came_from_kernel(p))
 
+    async def _orphans_gone(self) -> None:
+        """What the old kernel left is ended and collected: until then it counts for the limit."""
+        for _ in range(100):
+            self._end_orphans()
+            if self._reap():
+                return
+            await asyncio.sleep(0.01)
+
     async def _restart(self) -> None:
         if self.kernel_state == "starting":
             raise Refused("starting", "the kernel is starting already")
@@ -238,7 +287,7 @@ class Host:
         if kernel:
             await kernel.kill()
         fault_point("host.restart.killed")
-        self._end_orphans()
+        await self._orphans_gone()
         self.by_message.clear()
         self.probes.clear()
         self.latest = None
@@ -542,6 +591,7 @@ class Host:
             "last": self.journal.last,
             "idle_for": 0.0 if self.busy else time.monotonic() - self.heard,
             "idle_limit": self.config.get("idle_limit"),
+            "limits": self.limits.described(),
         }
 
     async def op_run(self, request: Event) -> Event:

@@ -19,6 +19,7 @@ from jupyter_client.session import Session
 
 from . import last_words
 from .fault import fault_point
+from .limits import Limits
 
 Message = Dict[str, Any]
 HOST_PID = "JPY_PARENT_PID"  # in the environment of a kernel and what it starts (ipykernel's name)
@@ -37,31 +38,18 @@ class KernelFailedToStart(Exception):
         self.stderr = stderr
 
 
-def how_it_died(code: int, oom_killed: bool) -> str:
-    """Exit code, signal and the likely cause, as a phrase."""
+def how_it_died(code: int, out_of_memory: str) -> str:
+    """Exit code, signal and the likely cause (the OOM killer's, if it is known), as a phrase."""
     if code >= 0:
         return "exit code %d" % code
     try:
         name = signal.Signals(-code).name
     except ValueError:
         name = "unknown"
-    cause = ""
-    if oom_killed:
-        cause = "; the system's out-of-memory killer ended a process of this sandbox just now"
-    elif -code == signal.SIGKILL:
+    cause = "; " + out_of_memory if out_of_memory else ""
+    if not cause and -code == signal.SIGKILL:
         cause = "; most likely out of memory"
     return "signal %d, %s%s" % (-code, name, cause)
-
-
-def oom_kills() -> int:
-    """How many processes the kernel's OOM killer has ended in this cgroup (0 where it cannot be told)."""
-    try:
-        with open("/proc/self/cgroup") as file:
-            group = next((line[3:].strip() for line in file if line.startswith("0::")), "/")
-        with open("/sys/fs/cgroup" + group.rstrip("/") + "/memory.events") as file:
-            return next((int(line.split()[1]) for line in file if line.startswith("oom_kill ")), 0)
-    except OSError:
-        return 0
 
 
 class Kernel:
@@ -74,6 +62,7 @@ class Kernel:
         env: Dict[str, str],
         cwd: str,
         log_path: str,
+        limits: Limits,
         on_message: Callable[[str, Message], None],
         on_exit: Callable[["Kernel", str], None],
     ) -> None:
@@ -84,6 +73,8 @@ class Kernel:
         self._env = env
         self._cwd = cwd
         self._log_path = log_path
+        self._limits = limits
+        self._condemned = ""
         self._on_message = on_message
         self._on_exit = on_exit
         self._process: Optional[asyncio.subprocess.Process] = None
@@ -92,7 +83,7 @@ class Kernel:
         self._tasks: List[asyncio.Task] = []
         self._probe: Optional[str] = None
         self._heard_probe = asyncio.Event()
-        self._oom_before = oom_kills()
+        self._oom_before = limits.oom_kills()
         self._sendings: Deque[Tuple[str, int, str]] = collections.deque(maxlen=200)
 
     async def start(self, timeout: float) -> None:
@@ -126,14 +117,12 @@ class Kernel:
             socket.connect("ipc://%s-%d" % (prefix, info[channel + "_port"]))
             self._sockets[channel] = socket
         launch = os.path.join(os.path.dirname(os.path.abspath(__file__)), "launch.py")
-        with open(self._log_path, "ab") as log:
+        with open(self._log_path, "ab", opener=_private) as log:
             self._log_start = log.tell()
             fault_point("host.kernel.create")
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    launch,
-                    file,
+                    *self._limits.wrap([sys.executable, launch, file]),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -158,11 +147,12 @@ class Kernel:
             self._probe = self.send("shell", "kernel_info_request", {})
             await asyncio.wait({exited, heard}, timeout=0.25, return_when=asyncio.FIRST_COMPLETED)
         if self._heard_probe.is_set():
+            self._make_private()
             self._tasks.append(asyncio.ensure_future(self._watch(exited)))
             return
         heard.cancel()
         if exited.done():
-            why = "it ended at once (%s)" % how_it_died(exited.result(), False)
+            why = "it ended at once (%s)" % how_it_died(exited.result(), self._oom())
         else:
             exited.cancel()
             why = "it gave no sign of life in %.0f s" % timeout
@@ -182,6 +172,12 @@ class Kernel:
         if self.alive:
             os.killpg(self.pid, signal.SIGINT)
 
+    def condemn(self, how: str) -> None:
+        """End the process because it is over a limit; `how` becomes what it died of."""
+        if self.alive:
+            self._condemned = "ended by the kernel host: " + how
+            os.killpg(self.pid, signal.SIGKILL)
+
     async def kill(self) -> None:
         """End the process and everything it started that is still its own; returns when gone."""
         self.alive = False
@@ -196,9 +192,8 @@ class Kernel:
         for socket in self._sockets.values():
             socket.close()
         self._context.term()
-        for name in os.listdir(self._directory):
-            if name.startswith("k%d" % self.generation):
-                os.unlink(os.path.join(self._directory, name))
+        for name in self._files():
+            os.unlink(os.path.join(self._directory, name))
 
     async def _receive(self, channel: str) -> None:
         socket = self._sockets[channel]
@@ -236,9 +231,23 @@ class Kernel:
             await asyncio.sleep(0.02)
         self.alive = False
         self._hear_last_words()
-        how = how_it_died(code, oom_kills() > self._oom_before)
+        how = self._condemned or how_it_died(code, self._oom())
         await kill_tree(self.pid)
         self._on_exit(self, how)
+
+    def _oom(self) -> str:
+        killed = self._limits.oom_kills() > self._oom_before
+        return self._limits.out_of_memory() if killed else ""
+
+    def _make_private(self) -> None:
+        """The kernel made its sockets by its user's umask."""
+        for name in self._files():
+            os.chmod(os.path.join(self._directory, name), 0o600)
+
+    def _files(self) -> List[str]:
+        names = os.listdir(self._directory)
+        own = "k%d" % self.generation
+        return [name for name in names if name.startswith((own + "-", own + "."))]
 
     def _hear_last_words(self) -> None:
         """What it wrote and could not send any more."""
@@ -256,6 +265,11 @@ class Kernel:
         with open(self._log_path, "rb") as log:
             log.seek(max(self._log_start, os.path.getsize(self._log_path) - 20_000))
             return log.read().decode("utf-8", "backslashreplace")
+
+
+def _private(path: str, flags: int) -> int:
+    """An opener of files that are their owner's alone."""
+    return os.open(path, flags, 0o600)
 
 
 def descendants(pid: int) -> "List[psutil.Process]":

@@ -20,7 +20,10 @@ import sys
 import threading
 from typing import Any, Dict, FrozenSet, List
 
-import last_words
+written, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # not into the host's folder
+import last_words  # noqa: E402
+
+sys.dont_write_bytecode = written
 
 PR_SET_PDEATHSIG = 1
 PIECE = last_words.SIZE // 8  # characters; as UTF-8 they fit into half a slot

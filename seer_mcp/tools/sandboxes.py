@@ -11,12 +11,12 @@ from mcp.server.mcpserver.tools import Tool
 from mcp.types import CallToolResult
 
 from ..environment import SandboxSpec
-from ..errors import SandboxUnreachable
+from ..errors import BadInput, SandboxUnreachable
 from ..notebook import UNFINISHED
 from ..render import Answer
 from ..sessions import Register, Session
 from .answers import call, notes, run_meta, seconds
-from .seam import Minutes, heartbeat, owner, tool
+from .seam import Gigabytes, Minutes, heartbeat, owner, tool
 
 
 def sandbox_meta(session: Session) -> dict[str, Any]:
@@ -46,6 +46,9 @@ async def described(session: Session) -> str:
     left = ""
     if status["idle_limit"] and not busy:
         left = f"; ends itself after {seconds(status['idle_limit'] - status['idle_for'])} more without use"
+    limits = status["limits"]
+    if limits["memory"]:
+        busy += f"; memory limit {limits['memory']} MiB ({limits['means']})"
     up = seconds(time.time() - session.created)
     return (
         f"{session.handle}: {session.backend_name}, up {up}, kernel {kernel}{busy}{left}\n"
@@ -62,13 +65,20 @@ def tools(register: Register) -> list[Tool]:
         fork: bool = False,
         python: str = "",
         idle_minutes: Minutes = 0,
+        memory_gb: Gigabytes = 0,
     ) -> CallToolResult:
         """Start a sandbox: a machine with an IPython kernel, and a notebook that records everything. Returns the
         handle that other tools take as `sandbox`. notebook: open an existing .ipynb (runs nothing); fork: work on a
-        copy. python: another interpreter (needs ipykernel). Tool packs are importable in it: see list_techniques."""
+        copy. python: another interpreter (needs ipykernel). memory_gb: limit. Tool packs are importable in it: see
+        list_techniques."""
+        if 0 < memory_gb < 0.25:
+            raise BadInput("memory_gb", memory_gb, "a kernel needs 0.25 or more; 0 sets no limit")
         beat = heartbeat(context)
         spec = SandboxSpec(
-            backend=backend, python=python or None, idle_limit=idle_minutes * 60 or None
+            backend=backend,
+            python=python or None,
+            idle_limit=idle_minutes * 60 or None,
+            memory=round(memory_gb * 1024) or None,
         )
         reports: asyncio.Queue[str] = asyncio.Queue()
         teller = asyncio.create_task(tell(reports, beat))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from mcp.server.auth.middleware.auth_context import get_access_token
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.tools import Tool
-from mcp.types import CallToolResult, ToolAnnotations
+from mcp.types import CallToolResult, ImageContent, TextContent, ToolAnnotations
 from pydantic import Field, ValidationError
 
 from ..errors import SeerError, show
@@ -25,6 +25,7 @@ Heartbeat = Callable[[str], Awaitable[None]]
 # NaN is no time to wait for, and what counts bytes is no larger than a file can be.
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Minutes = Annotated[float, Field(ge=0, le=525_600, allow_inf_nan=False)]
+Gigabytes = Annotated[float, Field(ge=0, le=2**20, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
@@ -110,6 +111,33 @@ def known_failure(error: BaseException) -> SeerError | None:
             return cause
         cause = cause.__cause__
     return None
+
+
+def changes_something(made: Tool) -> bool:
+    """Whether a call runs or changes something: then it belongs into the audit."""
+    return not (made.annotations and made.annotations.read_only_hint)
+
+
+def client_of(context: Context[Any, Any] | None) -> str | None:
+    """The client's name and version, as it gave them."""
+    try:
+        said = context.session.client_params if context is not None else None
+    except ValueError:  # outside of a request
+        return None
+    if said is None:
+        return None
+    return printable(f"{said.client_info.name} {said.client_info.version}")[:80]
+
+
+def characters_of(result: CallToolResult) -> int:
+    """The size of an answer: characters of text, and of images as they are sent."""
+    size = 0
+    for block in result.content:
+        if isinstance(block, TextContent):
+            size += len(block.text)
+        elif isinstance(block, ImageContent):
+            size += len(block.data)
+    return size
 
 
 def heartbeat(context: Context[Any, Any]) -> Heartbeat:
