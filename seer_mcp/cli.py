@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from . import __version__
 from .config import Config, from_environment
 from .errors import BadInput, SeerError
 from .kernel_host.fault import arm, in_host
+from .logs import log_to_stderr
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,7 +84,16 @@ def parser() -> argparse.ArgumentParser:
         help="whether sandboxes outlive the server (default: keep)",
     )
     common.add_argument(
-        "--log-level", default="warning", choices=("debug", "info", "warning", "error")
+        "--log-level",
+        default="warning",
+        choices=("debug", "info", "warning", "error"),
+        help="what is said on stderr; the files in the state folder's logs/ hold all (default: warning)",
+    )
+    common.add_argument(
+        "--audit-code",
+        type=int,
+        metavar="CHARACTERS",
+        help="how much of each piece of code the audit file keeps beside its hash (default: 4000)",
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser(
@@ -124,6 +133,7 @@ def config_of(flags: argparse.Namespace) -> Config:
         max_wait=flags.max_wait,
         output_cap=flags.output_cap,
         on_exit=on_exit,
+        audit_code=flags.audit_code,
     )
 
 
@@ -146,11 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .demo import run_demo
 
             return asyncio.run(run_demo(as_json=flags.json, outputs=flags.outputs))
-        logging.basicConfig(
-            level=flags.log_level.upper(),
-            stream=sys.stderr,
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        )
+        log_to_stderr(flags.log_level)
         config = config_of(flags)
         arm_faults(config.fault)
         if flags.command == "serve":

@@ -19,6 +19,7 @@ from mcp.server.auth.settings import AuthSettings
 from mcp.server.connection import Connection
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ResourceNotFoundError, ToolError
+from mcp.server.mcpserver.tools import Tool
 from mcp.server.subscriptions import InMemorySubscriptionBus
 from mcp.shared.subscriptions import ResourceUpdated
 from mcp.types import (
@@ -27,6 +28,7 @@ from mcp.types import (
     InputRequiredResult,
     Resource,
     SubscribeRequestParams,
+    TextContent,
     UnsubscribeRequestParams,
 )
 from pydantic import ValidationError
@@ -35,10 +37,19 @@ from . import __version__
 from .config import Config
 from .errors import NotFound, SeerError
 from .kernel_host.fault import fault_point
+from .logs import drain_stderr
 from .packs import Packs
 from .sessions import Register, Session
 from .tools import build_tools
-from .tools.seam import argument_errors, failure, known_failure, owner
+from .tools.seam import (
+    argument_errors,
+    changes_something,
+    characters_of,
+    client_of,
+    failure,
+    known_failure,
+    owner,
+)
 
 BUILTIN_PACKS = Path(__file__).parent.parent / "tool_packs"
 EXIT_SECONDS = 4.0
@@ -72,6 +83,28 @@ class SeerServer(MCPServer[None]):
         self, name: str, arguments: dict[str, Any], context: Context[None, Any] | None = None
     ) -> CallToolResult | InputRequiredResult:
         tool = self._tool_manager.get_tool(name)
+        with self.register.observer.call(
+            name,
+            arguments,
+            known=frozenset(tool.parameters["properties"] if tool else ()),
+            changes=tool is not None and changes_something(tool),
+            owner=owner(),
+            client=client_of(context),
+        ) as call:
+            answer = await self._answer(tool, name, arguments, context)
+            if isinstance(answer, CallToolResult):
+                call.answered(answer.is_error is True, characters_of(answer))
+        if call.note and isinstance(answer, CallToolResult):
+            answer.content.append(TextContent(type="text", text=call.note))
+        return answer
+
+    async def _answer(
+        self,
+        tool: Tool | None,
+        name: str,
+        arguments: dict[str, Any],
+        context: Context[None, Any] | None,
+    ) -> CallToolResult | InputRequiredResult:
         if tool is None:
             known = [t.name for t in self._tool_manager.list_tools()]
             return failure(str(NotFound("tool", name, known)))
@@ -229,9 +262,11 @@ async def serve_stdio(config: Config) -> None:
                     # What has to be written is written once the register is closed.
                     with anyio.CancelScope(shield=True), anyio.move_on_after(EXIT_SECONDS):
                         await server.register.closed.wait()
+                    drain_stderr()
                     os._exit(0)
 
         group.start_soon(until_told)
         await server.run_stdio_async()
         group.cancel_scope.cancel()
+    drain_stderr()
     os._exit(0)
