@@ -129,8 +129,8 @@ class NotebookNotSaved(SeerError):
     def __init__(self, path: str, why: str) -> None:
         super().__init__(
             f"The notebook {path} could not be saved: {why}. The file on disk is the last whole "
-            "version; outputs are kept in the sandbox's journal. Free the space: the next save "
-            "will be complete."
+            "version; outputs are kept in the sandbox's journal. What this call changed is kept too: "
+            "do not repeat it. Once that is mended, the next save will be complete."
         )
 
 

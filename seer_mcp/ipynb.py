@@ -62,13 +62,20 @@ def read_notebook(
     Raises NotebookUnreadable for anything that could not be opened without losing something. A
     copy may be converted from an older format; in place, only what nbformat 4 can hold is opened.
     """
-    import nbformat
-    from nbformat.validator import NotebookValidationError
-
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise NotebookUnreadable(str(path), error.strerror or str(error)) from error
+    return parse_notebook(raw, path, as_copy=as_copy)
+
+
+def parse_notebook(
+    raw: bytes, path: Path, *, as_copy: bool = False
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What read_notebook returns and raises, of the bytes of the file `path`."""
+    import nbformat
+    from nbformat.validator import NotebookValidationError
+
     if not raw.strip():
         raise NotebookUnreadable(str(path), "the file is empty")
     try:
@@ -152,9 +159,15 @@ STATES = frozenset(
         "not_run",
     ]
 )
-DOCUMENT_FACTS: dict[str, type] = {"sandbox": str, "backend": str, "folded": int}
+DOCUMENT_FACTS: dict[str, type] = {
+    "sandbox": str,
+    "backend": str,
+    "folded": int,
+    "version": str,
+}
 RUN_FACTS: dict[str, type] = {
     "run": str,
+    "digest": str,
     "state": str,
     "why": str,
     "since": int,

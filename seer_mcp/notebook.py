@@ -1,29 +1,43 @@
 """The document: one .ipynb on the server's disk, and the one object that owns it.
 
-It is valid at every instant: each save writes a new file and renames it over the old one. A cell
-is serialised again only when it changed, so the size of the notebook hardly matters.
+It is valid at every instant: each save writes a new file and puts it in the place of the old one. A
+cell is serialised again only when it changed, so the size of the notebook hardly matters.
+
+A person may have it open in an editor meanwhile. What they save is merged (see merge.py). From
+which of our versions their copy comes is told by a mark in the notebook's metadata, which editors
+carry along: so an old copy that is saved again takes nothing back.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import BadInput, NotebookNotSaved, NotebookUnreadable, NotFound
-from .files import write_atomic
-from .ipynb import as_lines, new_id, read_notebook, storable
-from .merge import merge
+from .ipynb import as_lines, new_id, parse_notebook, storable
+from .merge import Face, Merge, changed_keys, face_of, give_ids_back, merge, outputs_digest
 from .outputs import Event, Outputs, joined
+from .sharedfile import Displaced, Stamp, free_name, replace, stamp
 
 SAVES_PER_SECOND = 3
 THREAD_ABOVE = 1_000_000  # bytes: larger files are written from a thread
 UNFINISHED = ("queued", "running")
+SETTLE_SECONDS = 1.0  # a file that is no notebook is judged when it was left alone for so long
+GONE_SECONDS = 0.3  # and one that is missing after this
+PATIENCE_SECONDS = 10.0  # never wait longer for somebody to finish writing
+MERGES = 5  # in one save; what comes after that is merged by the next
+REMEMBERED = 400  # versions of the file, as far as what a person can change goes
+REMEMBERED_CELLS = 200_000
+TOLD = 50  # notices that wait for the next answer
 
 CellType = Literal["code", "markdown", "raw"]
 
@@ -36,6 +50,7 @@ class Cell:
         self.outputs: Outputs | None = None
         self._notebook = notebook
         self._text: str | None = None
+        self._face: Face | None = None
 
     @property
     def id(self) -> str:
@@ -58,8 +73,14 @@ class Cell:
     def state(self) -> str:
         return self.seer.get("state", "not run") if self.kind == "code" else self.kind
 
+    @property
+    def face(self) -> Face:
+        if self._face is None:
+            self._face = face_of(self.data)
+        return self._face
+
     def changed(self) -> None:
-        self._text = None
+        self._text = self._face = None
         self._notebook.changed()
 
     def note(self, **facts: Any) -> None:
@@ -98,10 +119,29 @@ class Cell:
                 }
                 if names or "files" in self.seer:
                     self.data["metadata"]["seer"] = {**self.seer, "files": names}
+            if self.seer.get("run"):
+                self.data["metadata"]["seer"] = {**self.seer, "digest": outputs_digest(self.data)}
             self._text = json.dumps(
                 as_lines(self.data), indent=1, ensure_ascii=False, sort_keys=True
             ).replace("\n", "\n  ")
         return self._text
+
+
+@dataclass(frozen=True)
+class Written:
+    """One version of the file, as far as a person can change it."""
+
+    cells: dict[str, Face]
+    metadata: str
+    """As JSON, without what we note."""
+    order: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", tuple(self.cells))  # which == of a dict passes over
+
+    @property
+    def sources(self) -> dict[str, tuple[str, str]]:
+        return {id: face.source for id, face in self.cells.items()}
 
 
 class Notebook:
@@ -128,8 +168,12 @@ class Notebook:
         """Why the last save failed, or None."""
         self.notices: list[str] = []
         """What the client must hear about changes from outside."""
-        self._stamp: tuple[int, int, int] | None = stamp(path)
-        self._written = [json.dumps(cell.data) for cell in self.cells]  # as the file has them
+        self._stamp = stamp(path)
+        self._base = self._as_written()
+        self._mark: str = self.metadata.get("seer", {}).get("version", "")
+        self._remembered: dict[str, Written] = {self._mark: self._base}  # oldest first
+        self._displaced: list[Displaced] = []
+        self._left: set[tuple[str, str]] = set()  # outputs from elsewhere that were not taken
         self._dirty = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()
@@ -313,7 +357,11 @@ class Notebook:
         """The file as it would be written now."""
         metadata = {
             **self.metadata,
-            "seer": {**self.metadata.get("seer", {}), "folded": self.folded},
+            "seer": {
+                **self.metadata.get("seer", {}),
+                "folded": self.folded,
+                "version": self._mark,
+            },
         }
         body = ",\n  ".join([cell.json() for cell in self.cells] if cells is None else cells)
         rest = json.dumps(metadata, indent=1, ensure_ascii=False, sort_keys=True).replace(
@@ -321,62 +369,6 @@ class Notebook:
         )
         whole = f"[\n  {body}\n ]" if body else "[]"
         return f'{{\n "cells": {whole},\n "metadata": {rest},\n "nbformat": 4,\n "nbformat_minor": 5\n}}\n'
-
-    def refresh(self) -> None:
-        """Take over what somebody saved into the file meanwhile, cell by cell."""
-        now = stamp(self.path)
-        if now == self._stamp or now is None or self._saving.locked():
-            return
-        self._stamp = now
-        try:
-            cells, _ = read_notebook(self.path)
-        except NotebookUnreadable as error:
-            aside = self._aside()
-            self.notices.append(
-                f"{self.path.name} was changed from outside into something that is not a notebook; that version "
-                f"is kept as {aside.name} ({error})"
-            )
-            self.changed()
-            return
-        self._merge(cells)
-
-    def _aside(self) -> Path:
-        """A copy of the file as it is now, under a free name."""
-        number = 1
-        while (path := self.path.with_name(f"{self.path.stem}.conflict-{number}.ipynb")).exists():
-            number += 1
-        path.write_bytes(self.path.read_bytes())
-        return path
-
-    def _merge(self, cells: list[dict[str, Any]]) -> None:
-        theirs = {cell["id"]: cell for cell in cells}
-        busy = {cell.id for cell in self.cells if cell.state in UNFINISHED}
-        ours = {cell.id: cell for cell in self.cells}
-        sources = {id: cell["source"] for id, cell in theirs.items()}
-        base = {cell["id"]: joined(cell["source"]) for cell in map(json.loads, self._written)}
-        found = merge(base, {cell.id: cell.source for cell in self.cells}, sources, busy)
-        for id, source in found.sources.items():
-            self.rewrite(ours[id], source)
-        for id in found.deleted:
-            self.delete(ours[id])
-        self.cells = [
-            Cell(theirs[id], self) if id in found.theirs else ours[id] for id in found.order
-        ]
-        self._by_id = {cell.id: cell for cell in self.cells}
-        for id, source in found.conflicts.items():
-            copy = self.insert(ours[id].kind, source, after=id)
-            self.notices.append(
-                f"cell {id} was changed here and from outside: this version stays, the other one is cell {copy.id}"
-            )
-        told = (
-            (len(found.sources), "changed"),
-            (len(found.theirs), "added"),
-            (len(found.deleted), "deleted"),
-        )
-        if counts := ", ".join(f"{n} {what}" for n, what in told if n):
-            self.notices.append(f"cells changed from outside: {counts}")
-        self._written = [json.dumps(cell) for cell in cells]
-        self.changed()
 
     async def save(self) -> None:
         """Write what changed; when this returns, it is on disk. Raises NotebookNotSaved."""
@@ -386,36 +378,59 @@ class Notebook:
         await asyncio.shield(saving)
 
     async def _save(self, wanted: int) -> None:
-        self.refresh()
         async with self._saving:
-            if self._saved_version >= wanted or not self._writable.is_set():
+            if not self._writable.is_set():
                 return
-            began = time.monotonic()
-            version = self._version
-            self._dirty.clear()
-            written = [cell.json() for cell in self.cells]
-            data = self.text(written).encode("utf-8")
             try:
-                if len(data) > THREAD_ABOVE:
-                    await asyncio.to_thread(write_atomic, self.path, data, what="notebook")
-                else:
-                    write_atomic(self.path, data, what="notebook")
-            except OSError as error:
-                self._dirty.set()
-                self.trouble = os.strerror(error.errno) if error.errno else str(error)
-                raise NotebookNotSaved(str(self.path), self.trouble) from error
-            finally:
-                self._last_save = time.monotonic()
-                self._save_seconds = self._last_save - began
-            self._saved_version = version
-            self._stamp, self._written = stamp(self.path), written
-            self.trouble = None
+                if await self._take_in(patient=True):
+                    wanted = self._version
+            except (
+                OSError
+            ) as error:  # what they saved could not be kept: so nothing is written over it
+                raise self._not_saved(error) from error
+            for _ in range(MERGES):
+                if self._saved_version >= wanted:
+                    return
+                await self._write()
+                if await self._look_at_displaced():
+                    wanted = self._version  # an edit came in the moment before: it goes in as well
+
+    async def _write(self) -> None:
+        began = time.monotonic()
+        version = self._version
+        self._dirty.clear()
+        cells = [cell.json() for cell in self.cells]
+        written = self._as_written()
+        if written != self._base or not self._mark:
+            self._mark = secrets.token_hex(4)
+        data = self.text(cells).encode("utf-8")
+        try:
+            if len(data) > THREAD_ABOVE:
+                made = await asyncio.to_thread(replace, self.path, data, self._stamp)
+            else:
+                made = replace(self.path, data, self._stamp)
+        except OSError as error:
+            raise self._not_saved(error) from error
+        finally:
+            self._last_save = time.monotonic()
+            self._save_seconds = self._last_save - began
+        self._stamp, displaced = made
+        if displaced is not None:
+            self._displaced.append(displaced)
+        self._saved_version, self._base = version, written
+        self._remember(self._mark, written)
+        self.trouble = None
+
+    def _not_saved(self, error: OSError) -> NotebookNotSaved:
+        self._dirty.set()
+        self.trouble = why_not(error)
+        return NotebookNotSaved(str(self.path), self.trouble)
 
     async def keep_saved(self) -> None:
         """Save whatever changes, about three times a second at most; runs until cancelled."""
         while True:
             await self._writable.wait()
-            await self._dirty.wait()
+            await self._next_change()
             pause = max(1 / SAVES_PER_SECOND, 10 * self._save_seconds, 2.0 if self.trouble else 0.0)
             await asyncio.sleep(max(0.0, self._last_save + pause - time.monotonic()))
             try:
@@ -423,11 +438,327 @@ class Notebook:
             except NotebookNotSaved:
                 continue  # kept in `trouble`, which every answer shows
 
+    async def _next_change(self) -> None:
+        while not self._dirty.is_set():
+            if not self._displaced:
+                await self._dirty.wait()
+                return
+            async with self._saving:
+                await self._look_at_displaced()
+            await asyncio.sleep(0.1)
 
-def stamp(path: Path) -> tuple[int, int, int] | None:
-    """What tells that a file was written again, or None if there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    async def close(self) -> None:
+        """The last save, with what somebody is still writing if that ends within two seconds."""
+        end = time.monotonic() + 2.0
+        await self.save()
+        while self._displaced and time.monotonic() < end:
+            async with self._saving:
+                await self._look_at_displaced()
+            await asyncio.sleep(0.05)
+        await self.save()
+        while self._displaced:
+            self._displaced.pop().close()
+
+    # -- other programs -----------------------------------------------------------------------
+
+    async def refresh(self) -> None:
+        """Take over what somebody saved into the file meanwhile; never waits for a save of ours."""
+        if stamp(self.path) == self._stamp or self._saving.locked():
+            return
+        async with self._saving:
+            try:
+                await self._take_in(patient=False)
+            except OSError as error:
+                self.trouble = why_not(error)
+
+    async def _take_in(self, patient: bool) -> bool:
+        """Merge what others made of the file, once it is whole; whether there was anything.
+
+        A file that is not a notebook may be half written: if `patient`, wait until it is whole or
+        was left alone for a while, else look again the next time.
+        """
+        began = since = time.monotonic()
+        last: Stamp | None = None
+        while (now := stamp(self.path)) != self._stamp:
+            reason = "it is missing"
+            if now is not None:
+                if not self.path.is_file() or self.path.is_symlink():
+                    return False  # the save says so
+                try:
+                    raw = self.path.read_bytes()
+                except FileNotFoundError:
+                    continue
+                if stamp(self.path) != now:
+                    continue
+                try:
+                    cells, metadata = await self._parsed(raw)
+                except NotebookUnreadable as error:
+                    reason = str(error)
+                else:
+                    self._stamp = now
+                    self._merge(cells, metadata)
+                    return True
+            if not patient:
+                return False
+            moment = time.monotonic()
+            if now != last:
+                last, since = now, moment
+            quiet = moment - since
+            if now is not None:  # that clock may be another machine's
+                quiet = max(quiet, min(time.time() - now.mtime_ns / 1e9, SETTLE_SECONDS))
+            limit = GONE_SECONDS if now is None else SETTLE_SECONDS
+            if quiet >= limit or moment - began >= PATIENCE_SECONDS:
+                self._give_up(now, reason)
+                return True
+            await asyncio.sleep(0.03)
+        return False
+
+    async def _parsed(self, raw: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        if not raw.rstrip().endswith(b"}"):
+            raise NotebookUnreadable(str(self.path), "it is cut off")
+        if len(raw) > THREAD_ABOVE:
+            return await asyncio.to_thread(parse_notebook, raw, self.path, as_copy=True)
+        return parse_notebook(raw, self.path, as_copy=True)
+
+    def _give_up(self, now: Stamp | None, reason: str) -> None:
+        """What is in place is no notebook: say so, and write ours again."""
+        if now is None:
+            old = self._stamp.inode if self._stamp else 0
+            self._tell(
+                f"{self.path.name} was deleted or moved from outside{self._moved_to(old)}; "
+                f"it is written again, complete, at {self.path}"
+            )
+        else:
+            aside = self._aside(self.path.read_bytes())
+            self._tell(
+                f"{self.path.name} was changed from outside into something that is not a notebook; that "
+                f"version is kept as {aside.name} ({reason})"
+            )
+        self._stamp = now
+        self.changed()
+
+    def _moved_to(self, inode: int) -> str:
+        try:
+            names = [e.name for e in os.scandir(self.path.parent) if e.inode() == inode]
+        except OSError:
+            return " together with its folder"
+        return f" (the old one is {names[0]!r})" if names else ""
+
+    def _aside(self, data: bytes) -> Path:
+        """Another version of the file, kept beside it under a free name."""
+        path = free_name(self.path)
+        path.write_bytes(data)
+        return path
+
+    async def _look_at_displaced(self) -> bool:
+        """Merge what was written into files that ours took the place of; whether there was anything."""
+        found = False
+        for displaced in list(self._displaced):
+            final = displaced.final()  # asked first: what is written after that is not missed
+            now = displaced.stamp()
+            if now != displaced.seen:
+                raw = displaced.read()
+                try:
+                    cells, metadata = await self._parsed(raw)
+                except NotebookUnreadable as error:
+                    if not final:
+                        continue
+                    if raw.strip():
+                        try:
+                            aside = self._aside(raw)
+                        except OSError as no_room:
+                            self.trouble = why_not(no_room)
+                            continue  # it is held until it can be kept
+                        self._tell(
+                            f"somebody saved something that is not a notebook over {self.path.name}; it is kept "
+                            f"as {aside.name} ({error})"
+                        )
+                else:
+                    self._merge(cells, metadata)
+                    found = True
+                displaced.seen = now
+            if final:
+                self._displaced.remove(displaced)
+                displaced.close()
+        return found
+
+    def _tell(self, notice: str) -> None:
+        self.notices.append(notice)
+        del self.notices[:-TOLD]
+
+    def _as_written(self) -> Written:
+        return Written({cell.id: cell.face for cell in self.cells}, plain(self.metadata))
+
+    def _remember(self, mark: str, written: Written) -> None:
+        self._remembered.pop(mark, None)
+        self._remembered[mark] = written
+        room = max(3, min(REMEMBERED, REMEMBERED_CELLS // max(1, len(written.cells))))
+        while len(self._remembered) > room:
+            del self._remembered[next(iter(self._remembered))]
+
+    def _merge(self, cells: list[dict[str, Any]], metadata: dict[str, Any]) -> None:
+        """Merge their version into ours (see merge.py for what belongs to whom)."""
+        mark = metadata.get("seer", {}).get("version")
+        base = self._remembered.get(mark, Written({}, "{}")) if mark else self._base
+        give_ids_back(cells, base.sources or {cell.id: cell.face.source for cell in self.cells})
+        theirs = {cell["id"]: cell for cell in cells}
+        faces = {id: face_of(cell) for id, cell in theirs.items()}
+        seen = Written(faces, plain(metadata))
+        if mark:
+            self._remember(mark, seen)  # what that editor saves next comes from this
+        ours = {cell.id: cell for cell in self.cells}
+        busy = {cell.id for cell in self.cells if cell.state in UNFINISHED}
+        known = base.cells
+        ran = {id for id, cell in ours.items() if id in known and cell.face.run != known[id].run}
+        mine = {id: cell.face.source for id, cell in ours.items()}
+        found = merge(base.sources, mine, seen.sources, busy, ran)
+
+        others = [
+            cell.id
+            for cell in self.cells
+            if cell.id in theirs
+            and cell.id not in found.conflicts
+            and self._take_over(cell, theirs[cell.id], known.get(cell.id), faces[cell.id])
+        ]
+        for id in found.deleted:
+            self.delete(ours[id])
+        for id in found.changed:
+            self._take_source(ours[id], theirs[id])
+        self.cells = [
+            self._adopted(theirs[id]) if id in found.theirs else ours[id] for id in found.order
+        ]
+        self._by_id = {cell.id: cell for cell in self.cells}
+        for id in found.conflicts:
+            self._add_conflict(ours[id], theirs[id], faces[id])
+        for key, value in changed_keys(
+            json.loads(base.metadata), json.loads(seen.metadata)
+        ).items():
+            if value is not None:
+                self.metadata[key] = value
+            elif base.cells:
+                self.metadata.pop(key, None)
+        self._tell_of(found, others, old=bool(mark) and mark != self._mark and seen == base)
+        folded = metadata.get("seer", {}).get("folded")
+        same = self._as_written() == seen and all(c.data == theirs[c.id] for c in self.cells)
+        if not same or (mark, folded) != (self._mark, self.folded):
+            self.changed()
+
+    def _take_source(self, cell: Cell, theirs: dict[str, Any]) -> None:
+        if theirs["cell_type"] == cell.kind:
+            self.rewrite(cell, joined(theirs["source"]))
+            return
+        self._by_run.pop(cell.seer.get("run", ""), None)
+        theirs["metadata"].pop("seer", None)
+        cell.data, cell.outputs = theirs, None
+        cell.changed()
+
+    def _take_over(self, cell: Cell, theirs: dict[str, Any], base: Face | None, face: Face) -> bool:
+        """What they changed of a cell beside its source; whether there was anything."""
+        old = json.loads(base.metadata) if base else {}
+        own = cell.data["metadata"]
+        new = {
+            k: v
+            for k, v in changed_keys(old, json.loads(face.metadata)).items()
+            if v != own.get(k) and (v is not None or base)
+        }
+        for key, value in new.items():
+            if value is None:
+                del own[key]
+            else:
+                own[key] = value
+        attached = face.attachments not in (base.attachments if base else "", cell.face.attachments)
+        if attached:
+            cell.data.pop("attachments", None)
+            if "attachments" in theirs:
+                cell.data["attachments"] = theirs["attachments"]
+        if new or attached:
+            cell.changed()
+        return self._take_outputs(cell, theirs, base) or bool(new) or attached
+
+    def _take_outputs(self, cell: Cell, theirs: dict[str, Any], base: Face | None) -> bool:
+        """Take what they ran in a kernel of their own; whether they did."""
+        if cell.kind != "code" or theirs["cell_type"] != "code":
+            return False
+        now, noted = outputs_digest(theirs), theirs["metadata"].get("seer", {})
+        elsewhere = base.outputs if base and not base.run else now
+        told = noted.get("digest", now) if noted.get("run") else elsewhere
+        current = self._digest_of(cell)
+        if now in (told, current):
+            return False  # as we wrote it: their view of our run
+        newer = cell.state in UNFINISHED or cell.seer.get("run", "") != noted.get("run", "")
+        if newer or (noted.get("run") and current != told):
+            if (cell.id, now) not in self._left:
+                self._left.add((cell.id, now))
+                self._tell(
+                    f"outputs of cell {cell.id} that were saved from outside are not taken: it ran here since"
+                )
+            return False
+        self._by_run.pop(cell.seer.get("run", ""), None)
+        cell.data["metadata"].pop("seer", None)
+        cell.data["outputs"], cell.outputs = theirs["outputs"], None
+        cell.data["execution_count"] = theirs.get("execution_count")
+        cell.changed()
+        return True
+
+    def _digest_of(self, cell: Cell) -> str:
+        cell.json()  # brings its data up to date
+        return outputs_digest(cell.data)
+
+    def _adopted(self, data: dict[str, Any]) -> Cell:
+        """A cell that only they have. A copy of a cell of ours is no run of ours."""
+        seer = data["metadata"].get("seer", {})
+        if not seer.get("run") or seer["run"] in self._by_run or seer["state"] in UNFINISHED:
+            data["metadata"].pop("seer", None)
+        cell = Cell(data, self)
+        if cell.seer:
+            self._by_run[cell.seer["run"]] = cell
+        return cell
+
+    def _add_conflict(self, ours: Cell, theirs: dict[str, Any], face: Face) -> None:
+        """Their version of a cell that both changed, as a new cell behind ours."""
+        seer = theirs["metadata"].pop("seer", {})
+        if theirs["cell_type"] == "code" and seer.get("digest") == outputs_digest(theirs):
+            theirs.update(outputs=[], execution_count=None)  # our outputs, of another source
+        copy = Cell({**theirs, "id": self._free_id()}, self)
+        self.cells.insert(self.index(ours) + 1, copy)
+        self._by_id[copy.id] = copy
+        self._tell(
+            f"cell {ours.id} was changed here and from outside: this version stays, the other one is cell {copy.id}"
+        )
+
+    def _tell_of(self, found: Merge, others: list[str], old: bool) -> None:
+        more = [id for id in others if id not in found.changed]
+        told = (
+            (found.changed, "changed"),
+            (more, "changed beside the source"),
+            ([id for id in found.order if id in found.theirs], "added"),
+            (found.deleted, "deleted"),
+        )
+        if counts := ", ".join(f"{len(ids)} {what} ({named(ids)})" for ids, what in told if ids):
+            self._tell(f"cells changed from outside: {counts}")
+        if found.stay:
+            self._tell(
+                f"deleted from outside, but changed or run here, so they stay: {named(found.stay)}"
+            )
+        if found.both_moved:
+            self._tell("cells were moved here and from outside: the order here stays")
+        if old:
+            self._tell(
+                f"an older version of {self.path.name} was put in its place from outside; nothing in it was new, "
+                "so the current one is written again"
+            )
+
+
+def plain(metadata: dict[str, Any]) -> str:
+    """A notebook's metadata as JSON, without what we note."""
+    return json.dumps({k: v for k, v in metadata.items() if k != "seer"}, sort_keys=True)
+
+
+def named(ids: list[str]) -> str:
+    return ", ".join(ids[:6]) + (f" and {len(ids) - 6} more" if len(ids) > 6 else "")
+
+
+def why_not(error: OSError) -> str:
+    """Why a file was not written, for people."""
+    said = error.strerror or str(error)
+    return f"the disk is full ({said})" if error.errno in (errno.ENOSPC, errno.EDQUOT) else said

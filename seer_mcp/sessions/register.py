@@ -298,7 +298,7 @@ class Register:
             cells, metadata = read_notebook(path) if path.exists() else ([], None)
             session.notebook = Notebook(path, cells, metadata)
             session.unread = False
-        session.notebook.refresh()
+        await session.notebook.refresh()
         return session
 
     async def list(self, owner: str) -> tuple[list[Session], list[str]]:

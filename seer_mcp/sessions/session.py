@@ -226,7 +226,7 @@ class Session:
         if self._saver is not None:
             self._saver.cancel()
             await asyncio.wait([self._saver])
-        await self._save_quietly()
+        await self._save_quietly(last=True)
 
     def release(self) -> None:
         self.lock.release()
@@ -248,7 +248,7 @@ class Session:
         self._kernel_changed.set()
         self.notebook.metadata["seer"] = {**self.notebook.metadata.get("seer", {}), "ended": why}
         self.notebook.changed()
-        await self._save_quietly()
+        await self._save_quietly(last=True)
         if self._saver is not None:
             self._saver.cancel()
         if self.notebook_lock is not None:
@@ -530,10 +530,10 @@ class Session:
         """The document on disk now. Raises NotebookNotSaved."""
         await self.notebook.save()
 
-    async def _save_quietly(self) -> None:
+    async def _save_quietly(self, last: bool = False) -> None:
         """Save; a full disk is kept in notebook.trouble, which every answer shows."""
         try:
-            await self.notebook.save()
+            await (self.notebook.close() if last else self.notebook.save())
         except NotebookNotSaved:
             return
 

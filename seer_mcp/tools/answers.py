@@ -92,7 +92,7 @@ def notes(session: Session, run: RunInfo | None = None) -> str:
         lines.append(
             f"NOT SAVED: {session.notebook.path}: {session.notebook.trouble}. The file is the last whole "
             "version; outputs "
-            "are kept in the sandbox. Free the space: the next save will be complete."
+            "are kept in the sandbox. Once that is mended, the next save will be complete."
         )
     told, session.notebook.notices[:] = list(session.notebook.notices), []
     lines += [f"NOTE: {notice}" for notice in told]
