@@ -121,12 +121,12 @@ class Host:
         for run in list(self.queue):
             self._end(run, "not_run", "the sandbox ended")
         self.queue.clear()
-        if self.active:
-            self._end(self.active, "expired", self.config["why_closed"])
         fault_point("host.closing")
         await self.commands.stop_all()
         if self.kernel:
-            await self.kernel.kill()
+            await self.kernel.kill()  # what it said last belongs to the run
+        if self.active:
+            self._end(self.active, "expired", self.config["why_closed"])
         fault_point("host.closed")
         self._emit({"type": "closing", "why": self.config["why_closed"]})
         await asyncio.sleep(0.2)  # readers that are there get the last lines
@@ -280,12 +280,12 @@ class Host:
         if self.kernel_state == "starting":
             raise Refused("starting", "the kernel is starting already")
         kernel, self.kernel_state = self.kernel, "starting"
-        if self.active:
-            self._end(self.active, "interrupted", "the kernel was restarted")
         while self.queue:
             self._end(self.queue.popleft(), "not_run", "the kernel was restarted")
         if kernel:
-            await kernel.kill()
+            await kernel.kill()  # what it said last belongs to the run
+        if self.active:
+            self._end(self.active, "interrupted", "the kernel was restarted")
         fault_point("host.restart.killed")
         await self._orphans_gone()
         self.by_message.clear()

@@ -166,16 +166,23 @@ class Session:
 
         self._left_behind = left_behind
 
-    async def _read_left_behind(self, journal: Path, start: int) -> None:
-        """From event `start` on, what the host wrote down and nobody fetched."""
+    async def _read_left_behind(self, journal: Path, start: int, stopped: str = "") -> None:
+        """From event `start` on, what the host wrote down and nobody fetched.
+
+        `stopped`: why this server ended it, so that what was cut off then was interrupted by us.
+        """
         began = time.monotonic()
         with journal.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
+                if number < start:
+                    continue
                 try:
                     event: Event = json.loads(line)
                 except ValueError:
                     return  # the host was killed while it wrote this line
-                if event["n"] >= start:
+                if stopped and event["type"] == "end" and event["state"] == "expired":
+                    event.update(state="interrupted", why=stopped)
+                if not stopped or event["type"] != "closing":
                     self._fold(event)
                 if time.monotonic() - began > SLICE:
                     await asyncio.sleep(0)
@@ -216,6 +223,8 @@ class Session:
         await sandbox.terminate()
         fault_point("stop.gone")
         self._sandbox = sandbox
+        if journal := await self._left_behind():  # what was said after we had stopped following
+            await self._read_left_behind(journal, self.notebook.folded + 1, why)
         await self._end(why, "interrupted")
 
     async def _stop_following(self) -> None:
