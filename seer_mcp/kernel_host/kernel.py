@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import datetime
 import os
 import secrets
 import signal
@@ -23,6 +24,7 @@ from .limits import Limits
 
 Message = Dict[str, Any]
 HOST_PID = "JPY_PARENT_PID"  # in the environment of a kernel and what it starts (ipykernel's name)
+BEHIND = 0.5  # seconds that messages may wait for us before the kernel has to
 SLICE = 0.005  # seconds of listening after which requests get a turn
 CHANNELS = ("shell", "iopub", "control")
 # What reading a message can raise: not signed, no JSON, nested too deep, a date out of range, …
@@ -81,6 +83,7 @@ class Kernel:
         self._context = zmq.asyncio.Context()
         self._sockets: Dict[str, zmq.asyncio.Socket] = {}
         self._tasks: List[asyncio.Task] = []
+        self._held = False
         self._probe: Optional[str] = None
         self._heard_probe = asyncio.Event()
         self._oom_before = limits.oom_kills()
@@ -172,6 +175,35 @@ class Kernel:
         if self.alive:
             os.killpg(self.pid, signal.SIGINT)
 
+    def _hold_if_behind(self, sent: Any) -> None:
+        """Stop a kernel that speaks faster than we write, until what it said is in the journal.
+
+        Messages that wait for us are in our memory, and there is no other way to push back: a
+        publisher drops what its readers are too slow for.
+        """
+        if self._held or not isinstance(sent, datetime.datetime) or sent.tzinfo is None:
+            return
+        if time.time() - sent.timestamp() > BEHIND and self._pending("iopub"):
+            self._held = self._signal(signal.SIGSTOP)
+
+    def _go_on(self) -> None:
+        if self._held:
+            self._held = False
+            self._signal(signal.SIGCONT)
+
+    def _signal(self, signum: int) -> bool:
+        """To the kernel's own process, if it is there."""
+        if self._process is None or self._process.returncode is not None:
+            return False
+        try:
+            os.kill(self.pid, signum)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _pending(self, channel: str) -> bool:
+        return bool(int(self._sockets[channel].getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
     def condemn(self, how: str) -> None:
         """End the process because it is over a limit; `how` becomes what it died of."""
         if self.alive:
@@ -179,11 +211,17 @@ class Kernel:
             os.killpg(self.pid, signal.SIGKILL)
 
     async def kill(self) -> None:
-        """End the process and everything it started that is still its own; returns when gone."""
-        self.alive = False
+        """End the process and everything it started that is still its own; returns when gone.
+
+        What it had said by then is heard first.
+        """
+        unheard, self.alive = self.alive, False
         if self._process is not None and self._process.returncode is None:
             await kill_tree(self._process.pid)
             await self._process.wait()
+        if unheard:
+            await self._silence()
+            self._hear_last_words()
         self._close()
 
     def _close(self) -> None:
@@ -199,6 +237,8 @@ class Kernel:
         socket = self._sockets[channel]
         began = time.monotonic()
         while True:
+            if self._held and channel == "iopub" and not self._pending(channel):
+                self._go_on()
             parts = await socket.recv_multipart()
             if time.monotonic() - began > SLICE:  # a flood of messages must not starve requests
                 await asyncio.sleep(0)
@@ -207,6 +247,8 @@ class Kernel:
                 _, signed = self._session.feed_identities(parts)
                 message = self._session.deserialize(signed)
                 parent = message["parent_header"]
+                if channel == "iopub":
+                    self._hold_if_behind(message["header"].get("date"))
                 if channel == "iopub" and parent.get("msg_id") == self._probe:
                     self._heard_probe.set()
                 if "seer_sending" in parent:
@@ -221,19 +263,22 @@ class Kernel:
         code = await exited
         if not self.alive:
             return
-        # What it said last is still in the sockets.
-        quiet = 0
-        while quiet < 3:
-            pending = any(
-                int(s.getsockopt(zmq.EVENTS)) & zmq.POLLIN for s in self._sockets.values()
-            )
-            quiet = 0 if pending else quiet + 1
-            await asyncio.sleep(0.02)
+        await self._silence()
+        if not self.alive:
+            return  # it is ended on purpose meanwhile
         self.alive = False
         self._hear_last_words()
         how = self._condemned or how_it_died(code, self._oom())
         await kill_tree(self.pid)
         self._on_exit(self, how)
+
+    async def _silence(self) -> None:
+        """Wait until what it said last, which is still in the sockets, has been heard."""
+        quiet = 0
+        while quiet < 3:
+            pending = any(self._pending(channel) for channel in CHANNELS)
+            quiet = 0 if pending else quiet + 1
+            await asyncio.sleep(0.02)
 
     def _oom(self) -> str:
         killed = self._limits.oom_kills() > self._oom_before

@@ -2,6 +2,7 @@
 
 What differs from `python -m ipykernel_launcher`:
 - the kernel dies with its host (Linux), so that a killed host leaves nothing behind;
+- what it says waits for its host, and is never dropped;
 - what was printed is kept even if the kernel is killed before it was sent (see last_words.py);
 - what a thread prints belongs to the cell that started it, also while another cell runs;
 - text that is not valid Unicode (lone surrogates) is sent escaped, where ipykernel would lose it;
@@ -45,6 +46,22 @@ def pack(obj: Any) -> bytes:
         return json.dumps(obj, default=json_default, allow_nan=False).encode("ascii")
     except (TypeError, ValueError):  # not quite JSON: NaN, keys that are no text
         return json.dumps(json_clean(obj), default=json_default, allow_nan=False).encode("ascii")
+
+
+def drop_nothing(app: Any) -> None:
+    """Let messages wait for a host that is away for a moment.
+
+    By default a publisher drops all above a thousand: lines, and the word that a cell is done.
+    """
+    init_iopub = getattr(app, "init_iopub", None)
+    if init_iopub is None:
+        return  # an ipykernel that we do not know
+
+    def init_unlimited(context: Any) -> None:
+        context.sndhwm = 0  # for the sockets that are made from now on
+        init_iopub(context)
+
+    app.init_iopub = init_unlimited
 
 
 def keep_last_words(stream: Any, path: str) -> None:
@@ -141,6 +158,7 @@ def main() -> None:
     from ipykernel.kernelapp import IPKernelApp
 
     app = IPKernelApp.instance(connection_file=sys.argv[1])
+    drop_nothing(app)
     app.initialize([])
     app.session.pack = pack
     for name in ("stdout", "stderr"):
