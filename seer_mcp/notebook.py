@@ -26,7 +26,7 @@ from .errors import BadInput, NotebookNotSaved, NotebookUnreadable, NotFound
 from .ipynb import as_lines, new_id, parse_notebook, storable
 from .merge import Face, Merge, changed_keys, face_of, give_ids_back, merge, outputs_digest
 from .outputs import Event, Outputs, joined
-from .sharedfile import Displaced, Stamp, free_name, replace, stamp
+from .sharedfile import Displaced, Stamp, free_name, recover_parts, replace, stamp
 
 SAVES_PER_SECOND = 3
 THREAD_ABOVE = 1_000_000  # bytes: larger files are written from a thread
@@ -51,6 +51,7 @@ class Cell:
         self._notebook = notebook
         self._text: str | None = None
         self._face: Face | None = None
+        self._written: Face | None = None  # when it was last made into JSON
 
     @property
     def id(self) -> str:
@@ -75,13 +76,16 @@ class Cell:
 
     @property
     def face(self) -> Face:
-        if self._face is None:
-            self._face = face_of(self.data)
+        if self._text is not None and self._face is not None:
+            return self._face
+        found = face_of(self.data)
+        if self._face is None or found != self._face:  # one object as long as it is the same
+            self._face = found
         return self._face
 
     def changed(self) -> None:
-        self._text = self._face = None
-        self._notebook.changed()
+        self._text = None
+        self._notebook.touched()
 
     def note(self, **facts: Any) -> None:
         """Add facts to what is known of its run; None takes one away."""
@@ -111,6 +115,8 @@ class Cell:
 
     def json(self) -> str:
         if self._text is None:
+            self._notebook.reshaped |= self.face is not self._written
+            self._written = self.face
             if self.outputs is not None:
                 self.data["outputs"] = self.outputs.items()
                 names = {
@@ -152,7 +158,9 @@ class Notebook:
         path: Path,
         cells: Iterable[dict[str, Any]] = (),
         metadata: dict[str, Any] | None = None,
+        seen: Stamp | None = None,
     ) -> None:
+        """`seen`: the file's stamp, taken before `cells` were read from it."""
         self.path = path
         self.outputs_dir = path.with_name(f"{path.stem}.outputs")
         self.cells = [Cell(data, self) for data in cells]
@@ -168,7 +176,9 @@ class Notebook:
         """Why the last save failed, or None."""
         self.notices: list[str] = []
         """What the client must hear about changes from outside."""
-        self._stamp = stamp(path)
+        self._stamp = seen
+        self.reshaped = True
+        """Whether a person may see another version than the one that was written last."""
         self._base = self._as_written()
         self._mark: str = self.metadata.get("seer", {}).get("version", "")
         self._remembered: dict[str, Written] = {self._mark: self._base}  # oldest first
@@ -269,7 +279,7 @@ class Notebook:
         kind = event["type"]
         if event["n"] > self.folded:
             self.folded = event["n"]
-            self.changed()
+            self.touched()
         elif cell is None or cell.state not in UNFINISHED:
             return
         if kind == "update":
@@ -349,9 +359,15 @@ class Notebook:
         self._writable.set()
         self.changed()
 
-    def changed(self) -> None:
+    def touched(self) -> None:
+        """Something is to be saved."""
         self._version += 1
         self._dirty.set()
+
+    def changed(self) -> None:
+        """Which cells there are, or their order, or what is not of a cell, may be another."""
+        self.reshaped = True
+        self.touched()
 
     def text(self, cells: list[str] | None = None) -> str:
         """The file as it would be written now."""
@@ -400,7 +416,8 @@ class Notebook:
         version = self._version
         self._dirty.clear()
         cells = [cell.json() for cell in self.cells]
-        written = self._as_written()
+        written = self._as_written() if self.reshaped else self._base
+        self.reshaped = False
         if written != self._base or not self._mark:
             self._mark = secrets.token_hex(4)
         data = self.text(cells).encode("utf-8")
@@ -417,12 +434,14 @@ class Notebook:
         self._stamp, displaced = made
         if displaced is not None:
             self._displaced.append(displaced)
+        if written is not self._base:
+            self._remember(self._mark, written)
         self._saved_version, self._base = version, written
-        self._remember(self._mark, written)
         self.trouble = None
 
     def _not_saved(self, error: OSError) -> NotebookNotSaved:
         self._dirty.set()
+        self.reshaped = True
         self.trouble = why_not(error)
         return NotebookNotSaved(str(self.path), self.trouble)
 
@@ -496,7 +515,9 @@ class Notebook:
                     reason = str(error)
                 else:
                     self._stamp = now
-                    self._merge(cells, metadata)
+                    self._base = self._merge(cells, metadata)
+                    # Unmarked, nothing tells later from which version a copy comes: mark it anew.
+                    self._mark = metadata.get("seer", {}).get("version", "")
                     return True
             if not patient:
                 return False
@@ -550,6 +571,14 @@ class Notebook:
         path.write_bytes(data)
         return path
 
+    def recover(self) -> None:
+        """Clear what a server left beside the file that was killed while it saved."""
+        for edit in recover_parts(self.path):
+            self._tell(
+                f"a server was killed while it saved {self.path.name}; what somebody else had saved in that moment "
+                f"is kept as {edit.name}"
+            )
+
     async def _look_at_displaced(self) -> bool:
         """Merge what was written into files that ours took the place of; whether there was anything."""
         found = False
@@ -596,8 +625,8 @@ class Notebook:
         while len(self._remembered) > room:
             del self._remembered[next(iter(self._remembered))]
 
-    def _merge(self, cells: list[dict[str, Any]], metadata: dict[str, Any]) -> None:
-        """Merge their version into ours (see merge.py for what belongs to whom)."""
+    def _merge(self, cells: list[dict[str, Any]], metadata: dict[str, Any]) -> Written:
+        """Merge their version into ours (see merge.py for what belongs to whom); returns theirs."""
         mark = metadata.get("seer", {}).get("version")
         base = self._remembered.get(mark, Written({}, "{}")) if mark else self._base
         give_ids_back(cells, base.sources or {cell.id: cell.face.source for cell in self.cells})
@@ -640,8 +669,10 @@ class Notebook:
         self._tell_of(found, others, old=bool(mark) and mark != self._mark and seen == base)
         folded = metadata.get("seer", {}).get("folded")
         same = self._as_written() == seen and all(c.data == theirs[c.id] for c in self.cells)
+        self.reshaped = True
         if not same or (mark, folded) != (self._mark, self.folded):
             self.changed()
+        return seen
 
     def _take_source(self, cell: Cell, theirs: dict[str, Any]) -> None:
         if theirs["cell_type"] == cell.kind:

@@ -88,8 +88,8 @@ class Displaced:
 def _held_for_writing(descriptor: int) -> bool | None:
     """Whether another program has the file open for writing; None where that cannot be asked.
 
-    Linux grants a read lease only if nobody has. The file has no name, so nobody opens it while
-    we hold the lease; SIGURG, which does nothing, is what would tell us.
+    Linux grants a read lease only if nobody has. Nobody knows the file's name any more, so nobody
+    opens it while we hold the lease; SIGURG, which does nothing, is what would tell us.
     """
     if sys.platform != "linux":
         return None
@@ -125,6 +125,7 @@ def replace(path: Path, data: bytes, known: Stamp | None) -> tuple[Stamp, Displa
     if displaced is not None and displaced.final() and not displaced.edited():
         displaced.close()
         displaced = None
+    part.unlink(missing_ok=True)
     return made, displaced
 
 
@@ -166,7 +167,6 @@ def _put_in_place(part: Path, path: Path, exists: bool, known: Stamp | None) -> 
             os.replace(part, path)
             return None
         fault_point("notebook.renamed")
-        part.unlink()
         return None
     try:
         exchanged = _exchange(part, path)
@@ -185,7 +185,6 @@ def _put_in_place(part: Path, path: Path, exists: bool, known: Stamp | None) -> 
     except OSError:
         _exchange(part, path)  # what cannot be looked at is given back
         raise
-    part.unlink()
     return Displaced(descriptor, known)
 
 

@@ -29,6 +29,7 @@ from ..kernel_host.fault import fault_point
 from ..notebook import Notebook
 from ..observe import Observer
 from ..packs import Packs
+from ..sharedfile import stamp
 from .session import RunInfo, Session
 
 FORGET_SECONDS = 7 * 86400.0
@@ -169,6 +170,7 @@ class Register:
         fork: bool,
         report: Progress,
     ) -> Session:
+        seen = stamp(source) if source and not fork else None
         cells, metadata = read_notebook(source, as_copy=fork) if source else ([], None)
         path = source if source and not fork else self._new_folder(name)
         notebook_lock = self._lock_notebook(path)
@@ -181,7 +183,7 @@ class Register:
         lock = Lock(state_dir / "lock")
         lock.take()
         fault_point("start.locked")
-        document = Notebook(path, cells, metadata)
+        document = Notebook(path, cells, metadata, seen)
         document.hold()  # a sandbox that does not start leaves the file as it was
         document.forget_runs()
         session = Session(handle, name, owner, spec.backend, document, state_dir, lock, time.time())
@@ -295,8 +297,9 @@ class Register:
             )
         if session.unread:
             path = session.notebook.path
+            seen = stamp(path)
             cells, metadata = read_notebook(path) if path.exists() else ([], None)
-            session.notebook = Notebook(path, cells, metadata)
+            session.notebook = Notebook(path, cells, metadata, seen)
             session.unread = False
         await session.notebook.refresh()
         return session
@@ -330,6 +333,10 @@ class Register:
             notes.extend(outcome for outcome in outcomes if outcome)
         return notes
 
+    async def settle(self, folder: Path) -> str | None:
+        """Take over the one sandbox of `folder`, as a server would at its start; what hinders, or None."""
+        return await self._adopt(folder)
+
     async def _adopt(self, folder: Path) -> str | None:
         lock = Lock(folder / "lock")
         held = not lock.take()
@@ -351,6 +358,7 @@ class Register:
             shutil.rmtree(folder, ignore_errors=True)
             return None
         if ended is not None:
+            clear_ended(folder)  # its server may have been killed just before
             past = Session(handle, name, owner, backend_name, Notebook(path), folder, lock, created)
             past.ended, past.unread = str(ended), True
             past.release()
@@ -362,13 +370,14 @@ class Register:
             return f"{handle}: its notebook {path} is open in another sandbox; stop that one first."
         fault_point("find.locked")
         try:
+            seen = stamp(path)
             cells, metadata = read_notebook(path) if path.exists() else ([], None)
         except SeerError as error:
             release(lock, notebook_lock)
             return f"{handle}: {error}"
         clear_parts(folder / "record.json")
-        clear_parts(path)
-        document = Notebook(path, cells, metadata)
+        document = Notebook(path, cells, metadata, seen)
+        document.recover()
         document.folded = int((metadata or {}).get("seer", {}).get("folded", 0))
         session = Session(handle, name, owner, backend_name, document, folder, lock, created)
         session.notebook_lock = notebook_lock
@@ -419,17 +428,22 @@ class Register:
         self._note("ended", session)
         write_json(session.state_dir / "record.json", session.record())
         fault_point("stop.recorded")
-        for entry in session.state_dir.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name not in ("record.json", "lock"):
-                entry.unlink(missing_ok=True)
+        clear_ended(session.state_dir)
 
     async def stop(self, session: Session) -> None:
         if session.ended is None:
             await session.terminate("stopped by stop_sandbox")
         else:
             raise BadInput("sandbox", session.handle, f"it has ended already ({session.ended})")
+
+
+def clear_ended(folder: Path) -> None:
+    """Of a sandbox that is gone only the record stays, so that its handle can be asked about."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name not in ("record.json", "lock"):
+            entry.unlink(missing_ok=True)
 
 
 def release(*locks: Lock | None) -> None:
