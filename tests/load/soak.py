@@ -3,8 +3,9 @@
 uv run python -m tests.load.soak --minutes 30 --runs 5000 --seed 1 --out soak.json
 
 Faults: the kernel is killed, exits, is restarted, interrupted in an endless cell, asks a question,
-floods, puts out a long line or a large display; the server is killed and replaced, or stopped for a
-while; the line between server and kernel host is cut; a client is killed or cancels in mid-call.
+floods, puts out a long line or a large display; the sandbox is stopped in mid-cell and its notebook
+opened in a new one; the server is killed and replaced, or frozen for a while; the line between
+server and kernel host is cut; a client is killed or cancels in mid-call.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import psutil
 from ..faults.ground import Ground, ground
 from ..support import processes_of
 from .serving import Broken, Caller, ServerProcess, memory_of, meta, request, texts
-from .work import BODIES, Planned, Verdict, cells_by_run, notebook_at, verdict
+from .work import BODIES, ENDLESS, Planned, Verdict, cells_by_run, notebook_at, verdict
 
 UNFINISHED = ("queued", "running")
 OF_CELLS = [kind for kind in BODIES if kind != "plain"]
@@ -75,11 +76,16 @@ class Relay:
         await asyncio.gather(pump(reader, host_writer), pump(host_reader, writer))
         self._writers -= both
 
+    @property
+    def connections(self) -> int:
+        return len(self._writers) // 2
+
     def cut(self) -> int:
         """Break every connection; how many there were."""
+        cut = self.connections
         for writer in self._writers:
             writer.transport.abort()
-        return len(self._writers) // 2
+        return cut
 
     async def close(self) -> None:
         if self._server is not None:
@@ -138,9 +144,7 @@ class Worker:
 
     async def work(self) -> None:
         soak = self.soak
-        result = await soak.steady("start_sandbox", name=self.name)
-        self.handle = meta(result, "sandbox")["handle"]
-        self.notebook = Path(meta(result, "sandbox")["notebook"])
+        await self.started(name=self.name)
         await soak.all_started.wait()
         while not soak.over or self.orders:
             began = time.monotonic()
@@ -149,6 +153,25 @@ class Worker:
             while pause > 0 and not self.orders and not soak.over:
                 await asyncio.sleep(min(pause, 0.2))
                 pause -= 0.2
+
+    async def started(self, **arguments: str) -> None:
+        """A new sandbox, or the one that was started by a call whose answer was lost."""
+        soak = self.soak
+        for _ in range(20):
+            await soak.up.wait()
+            try:
+                result = await soak.caller.call("start_sandbox", **arguments)
+                made = meta(result, "sandbox")
+            except Broken:
+                listed = meta(await soak.steady("list_sandboxes"), "sandboxes")
+                mine = [s for s in listed if s["notebook"] == arguments.get("notebook")]
+                made = next((s for s in mine if s["ended"] is None), None)
+                result = {"content": []}
+            if made is not None:
+                self.handle, self.notebook = made["handle"], Path(made["notebook"])
+                return
+            assert not result.get("isError"), texts(result)
+        raise AssertionError(f"{self.name} could not be started")
 
     async def one(self, kind: str) -> None:
         soak = self.soak
@@ -179,13 +202,15 @@ class Worker:
         cell = await self.sent(run)
         if cell is None:
             return
-        if run.kind in ("interrupt", "endless", "restart"):
+        if run.kind in ENDLESS:
             await self.begun(run)
             await asyncio.sleep(0.3)
         if run.kind in ("interrupt", "endless"):
             await self.interrupted(cell)
         elif run.kind == "restart":
             await self.restarted()
+        elif run.kind == "stop":
+            await self.stopped()
         state = await self.over(cell)
         if state in ("kernel_died", "sandbox_lost"):
             await self.restarted()
@@ -194,7 +219,7 @@ class Worker:
         """Write and run the cell; its id, also if the answer never came. None: it was not taken."""
         soak = self.soak
         await soak.up.wait()
-        waits = 0 if run.kind in ("interrupt", "endless", "restart") else 20
+        waits = 0 if run.kind in ENDLESS else 20
         arguments = {"sandbox": self.handle, "source": run.source, "wait": waits}
         try:
             if run.kind == "cancel":
@@ -282,6 +307,16 @@ class Worker:
             await asyncio.sleep(0.5)
         self.soak.problem(f"{self.name}: restart_kernel: {texts(result)[0][:300]}")
 
+    async def stopped(self) -> None:
+        """End the sandbox and open its notebook in a new one."""
+        relay = self.soak.relays.pop(self.handle)
+        result = await self.soak.steady("stop_sandbox", sandbox=self.handle)
+        if result.get("isError") and "has ended already" not in texts(result)[0]:
+            self.soak.problem(f"{self.name}: stop_sandbox: {texts(result)[0][:300]}")
+        await relay.close()
+        await self.started(notebook=str(self.notebook))
+        await self.soak.place_relay(self.handle)
+
     async def over(self, cell: str, wait: float = 20) -> str:
         """Wait for the end of a cell's run; its state."""
         end = time.monotonic() + 90
@@ -329,7 +364,7 @@ class Soak:
         self.all_started = asyncio.Event()
         self.began = 0.0
         self.samples: list[Sample] = []
-        self._relays: dict[str, Relay] = {}
+        self.relays: dict[str, Relay] = {}
         self._tell = tell
 
     @property
@@ -389,7 +424,7 @@ class Soak:
             for task in (*work, *side):
                 task.cancel()
             await asyncio.gather(*work, *side, return_exceptions=True)
-            for relay in self._relays.values():
+            for relay in self.relays.values():
                 await relay.close()
             await self.caller.close()
             self.server.end()
@@ -405,10 +440,14 @@ class Soak:
 
     async def place_relays(self) -> None:
         for worker in self.workers:
-            folder = self.place.folder / "state" / "sandboxes" / worker.handle
-            record = json.loads((folder / "record.json").read_text())
-            relay = self._relays[worker.handle] = Relay(Path(record["sandbox"]["socket"]))
-            await relay.open()
+            await self.place_relay(worker.handle)
+
+    async def place_relay(self, handle: str) -> None:
+        """From the next dial on, the line to that kernel host goes through us."""
+        folder = self.place.folder / "state" / "sandboxes" / handle
+        record = json.loads((folder / "record.json").read_text())
+        relay = self.relays[handle] = Relay(Path(record["sandbox"]["socket"]))
+        await relay.open()
 
     async def replaced(self) -> None:
         """The server is killed; the next one must list every sandbox."""
@@ -453,9 +492,14 @@ class Soak:
                 os.kill(self.server.pid, signal.SIGSTOP)
                 await asyncio.sleep(min(3.0, self.fault_every))
                 os.kill(self.server.pid, signal.SIGCONT)
-            elif not self._relays[worker.handle].cut():
-                self.problem("there was no line to cut")
+            elif not self.cut_a_line():
+                continue  # no server was replaced since they were placed
             self.report.faults[kind] += 1
+
+    def cut_a_line(self) -> int:
+        """The line of one sandbox that has one through us; how many connections that were."""
+        open_ones = [relay for relay in self.relays.values() if relay.connections]
+        return self.chance.choice(open_ones).cut() if open_ones else 0
 
     async def kill_kernel(self, worker: Worker) -> None:
         """SIGKILL, in the middle of a cell if one can be had soon."""

@@ -50,7 +50,9 @@ BODIES = {
     "interrupt": "for i in range(20):\n    _say(i)" + EVER,
     "endless": "for i in range(20):\n    _say(i)\nwhile True: pass",
     "restart": "for i in range(20):\n    _say(i)" + EVER,
+    "stop": "for i in range(20):\n    _say(i)" + EVER,
 }
+ENDLESS = ("interrupt", "endless", "restart", "stop")
 # The states in which a run may end if nothing else happened to it.
 ENDS = {
     "exit": {"kernel_died"},
@@ -58,6 +60,7 @@ ENDS = {
     "interrupt": {"interrupted"},
     "endless": {"interrupted"},
     "restart": {"interrupted"},
+    "stop": {"interrupted"},
 }
 # What may come on top when a fault of the surroundings fell into the run. None: it never arrived.
 BY_FAULTS: dict[str, set[str | None]] = {
