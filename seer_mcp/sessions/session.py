@@ -135,6 +135,11 @@ class Session:
         """After a restart of the server: the true state of every run that was not over."""
         assert self._link is not None
         await self._link.caught_up()
+        if self.ended is not None:
+            return
+        status = await self._link.request("status")  # its last change may have been folded before
+        self.kernel_state, self.kernel_how = status["kernel"], status["how"]
+        self.generation = status["generation"]
         open_runs = [cell.seer["run"] for cell in self.notebook.cells if cell.state in UNFINISHED]
         if not open_runs or self.ended is not None:
             return
