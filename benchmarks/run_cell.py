@@ -27,6 +27,7 @@ import httpx
 import nbformat
 from mcp import Client, StdioServerParameters
 from mcp.client.streamable_http import streamable_http_client
+from page import machine, replace_section
 from rich.console import Console
 from rich.table import Table
 
@@ -250,10 +251,10 @@ def report(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def page(rows: list[dict[str, Any]], whole: dict[str, Any]) -> str:
-    """The table as a page of the docs."""
+def section(rows: list[dict[str, Any]], whole: dict[str, Any]) -> str:
+    """The table as a section of a page of the docs."""
     lines = [
-        "# How fast",
+        "## Beside the kernel alone",
         "",
         "Written by `uv run python benchmarks/run_cell.py --page docs/performance.md`. Medians of calls",
         "taken in turn with the baseline in one run; read the ratios, the seconds are this machine's.",
@@ -279,9 +280,8 @@ def page(rows: list[dict[str, Any]], whole: dict[str, Any]) -> str:
         f"{stdio['10 MB: characters in the answer']:,} characters in the answer. `tools/list` is",
         f"{whole['measured']['start']['tools/list bytes']:,} bytes.",
         "",
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}, {whole['cpus']} cores, Python {whole['python']}, {versions}.",
+        f"{machine()}, {versions}; load before the run {whole['load']:.1f}.",
         "No GPU was there; none of this touches one.",
-        "",
     ]
     return "\n".join(lines)
 
@@ -300,24 +300,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=50)
     parser.add_argument("--out", type=Path, default=HERE / "run_cell.json")
-    parser.add_argument("--page", type=Path, help="write the table as a page of the docs")
+    parser.add_argument("--page", type=Path, help="replace the table in this page of the docs")
     flags = parser.parse_args()
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    load = os.getloadavg()[0]
     found = asyncio.run(measure(flags.calls))
     rows = report(found)
     names = ("mcp", "ipykernel", "jupyter_client", "nbformat")
     whole = {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": platform.system(),
         "cpus": os.cpu_count(),
-        "load": os.getloadavg()[0],
+        "load": load,
         "versions": {name: metadata.version(name) for name in names},
         "goals": rows,
         "measured": found,
     }
     flags.out.write_text(json.dumps(whole, indent=1) + "\n")
     if flags.page:
-        flags.page.write_text(page(rows, whole))
+        replace_section(flags.page, "run_cell", section(rows, whole))
 
 
 if __name__ == "__main__":
