@@ -215,8 +215,9 @@ class Session:
 
     async def terminate(self, why: str) -> None:
         """End the sandbox; the notebook stays. Once begun it is finished, even if the caller goes."""
-        if self.ended is None:
-            self._ending = self._ending or asyncio.create_task(self._terminate(why))
+        if self.ended is None and self._ending is None:
+            self._ending = asyncio.create_task(self._terminate(why))
+        if self._ending is not None:
             await asyncio.shield(self._ending)
 
     async def _terminate(self, why: str) -> None:
@@ -248,8 +249,8 @@ class Session:
             self.notebook_lock.release()
 
     def _lost(self, why: str) -> None:
-        if self.ended is None:
-            self._own(self._end_lost(why, self.notebook.folded + 1))
+        if self.ended is None and self._ending is None:
+            self._ending = self._own(self._end_lost(why, self.notebook.folded + 1))
 
     async def _end(self, why: str, state: str) -> None:
         self.ended = why
@@ -553,7 +554,8 @@ class Session:
 
     def _linked(self) -> Link:
         if self.ended is not None or self._ending is not None:
-            raise SandboxLost(self.handle, self.ended or self._closing_why, str(self.notebook.path))
+            why = self.ended or self._closing_why or "its host is gone"
+            raise SandboxLost(self.handle, why, str(self.notebook.path))
         if self._link is None:
             raise SandboxUnreachable(
                 f"Sandbox {self.handle} is still starting. Try again in a moment."
