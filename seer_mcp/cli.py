@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -114,6 +115,16 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--json", action="store_true", help="print the finding as one JSON object")
     demo.add_argument("--outputs", metavar="DIR", help="where the notebook is saved")
+    doctor = commands.add_parser(
+        "doctor", parents=[common], help="check this machine and what earlier servers left"
+    )
+    doctor.add_argument(
+        "--fix", action="store_true", help="repair what can be repaired without losing anything"
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    doctor.add_argument(
+        "--only", metavar="CHECK", action="append", default=[], help="make only this check"
+    )
     return top
 
 
@@ -145,9 +156,32 @@ def arm_faults(plan: str) -> None:
         raise BadInput("SEER_MCP_FAULT", plan, str(error)) from error
 
 
+async def run_doctor(config: Config, only: Sequence[str], fix: bool, as_json: bool) -> int:
+    """Print the report; 0 if nothing failed, else 1."""
+    from .doctor import Line, Patient, examine
+
+    patient = Patient(config, os.environ, Path.home())
+    lines: list[Line] = []
+    async for line in examine(patient, only, fix):
+        lines.append(line)
+        if not as_json:
+            mend = f"\n      {'':12} -> {line.mend}" if line.mend else ""
+            print(f"{line.status:5} {line.check:12} {line.says}{mend}", flush=True)
+    bad = sum(line.status == "fail" for line in lines)
+    if as_json:
+        report = {"ok": not bad, "lines": [vars(line) for line in lines]}
+        print(json.dumps(report, indent=1))
+    else:
+        doubtful = sum(line.status == "warn" for line in lines)
+        hint = any(line.fixable for line in lines)
+        tail = "; seer-mcp doctor --fix repairs some of it" if hint and not fix else ""
+        print(f"{bad} failed, {doubtful} warnings{tail}")
+    return 1 if bad else 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    known = ("stdio", "serve", "demo", "--version", "--help", "-h")
+    known = ("stdio", "serve", "demo", "doctor", "--version", "--help", "-h")
     if not given or (given[0] not in known and given[0].startswith("-")):
         given.insert(0, "stdio")
     flags = parser().parse_args(given)
@@ -159,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log_to_stderr(flags.log_level)
         config = config_of(flags)
         arm_faults(config.fault)
+        if flags.command == "doctor":
+            return asyncio.run(run_doctor(config, flags.only, flags.fix, flags.json))
         if flags.command == "serve":
             from .http import kept_token, serve_http
 
