@@ -119,6 +119,7 @@ def replace(path: Path, data: bytes, known: Stamp | None) -> tuple[Stamp, Displa
         made = _write(part, data, 0o644 if before is None else stat.S_IMODE(before.st_mode))
         fault_point("notebook.part")
         displaced = _put_in_place(part, path, before is not None, known)
+        fault_point("notebook.renamed")
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -166,7 +167,6 @@ def _put_in_place(part: Path, path: Path, exists: bool, known: Stamp | None) -> 
         except OSError:  # a file system without hard links
             os.replace(part, path)
             return None
-        fault_point("notebook.renamed")
         return None
     try:
         exchanged = _exchange(part, path)
@@ -176,7 +176,6 @@ def _put_in_place(part: Path, path: Path, exists: bool, known: Stamp | None) -> 
         held = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         os.replace(part, path)
         return Displaced(held, known)
-    fault_point("notebook.renamed")
     try:
         found = part.lstat()
         if not stat.S_ISREG(found.st_mode):  # it was put there this very moment
