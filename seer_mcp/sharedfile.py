@@ -72,7 +72,13 @@ class Displaced:
         limit = 0.0 if held is False else BLIND_SECONDS if held is None else WATCH_SECONDS
         return time.monotonic() - self._since >= limit
 
-    def read(self) -> bytes:
+    def look(self) -> tuple[Displaced, bool, Stamp, bytes | None]:
+        """Itself, whether it is final, its stamp, and what is in it if that is not merged yet."""
+        final = self.final()  # asked first: what is written after that is not missed
+        now = self.stamp()
+        return self, final, now, None if now == self.seen else self._read()
+
+    def _read(self) -> bytes:
         size = os.fstat(self._descriptor).st_size
         parts: list[bytes] = []
         at = 0
@@ -176,6 +182,7 @@ def _put_in_place(part: Path, path: Path, exists: bool, known: Stamp | None) -> 
         held = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         os.replace(part, path)
         return Displaced(held, known)
+    fault_point("notebook.exchanged")
     try:
         found = part.lstat()
         if not stat.S_ISREG(found.st_mode):  # it was put there this very moment

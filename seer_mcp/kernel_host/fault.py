@@ -27,6 +27,7 @@ POINTS: Dict[str, str] = {
     "start.ready": "the kernel is ready; the notebook is not written",
     "notebook.write": "before a notebook is written",
     "notebook.part": "the notebook is beside its place, not yet renamed",
+    "notebook.exchanged": "the notebook is in its place; the file that was there is not looked at",
     "notebook.renamed": "the notebook is in its place",
     "spill.write": "before a piece of a long output is added to its file",
     "spill.written": "a piece of a long output is in its file, and the notebook does not know",
