@@ -20,8 +20,9 @@ sys.path.insert(0, str(ROOT / "docs"))
 import tables  # noqa: E402 (a script of docs/, which is no package)
 
 
-def test_the_tables_of_the_readme_are_those_of_the_code() -> None:
-    assert tables.filled(README) == README, "run: uv run python docs/tables.py"
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_tables_are_those_of_the_code(page: Path) -> None:
+    assert tables.filled(page) == page.read_text(), "run: uv run python docs/tables.py"
 
 
 def test_the_first_block_of_the_readme_holds_the_two_commands() -> None:
