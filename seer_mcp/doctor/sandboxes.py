@@ -288,8 +288,6 @@ async def processes(patient: Patient) -> list[Finding]:
             continue
         if host and told is None and (folder / "host.json").exists():
             continue  # the check of records writes its record anew
-        if host and time.time() - float(record["started"]) < patient.grace:
-            continue
         if held(folder / "lock"):
             continue  # a server holds it, and ends what is left
         why = "its sandbox has ended" if told is not None else f"its record: {why}"
