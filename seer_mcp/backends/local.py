@@ -105,14 +105,15 @@ class LocalSandbox:
 
     async def terminate(self) -> None:
         if self.alive():
-            os.kill(self._pid, signal.SIGTERM)
+            send(self._pid, signal.SIGTERM)
             for _ in range(60):
                 if not self.alive():
                     break
                 await asyncio.sleep(0.05)
         if self.alive():
-            os.kill(self._pid, signal.SIGKILL)
-        while await asyncio.to_thread(kill_marked, self._handle, self._instance) or self.alive():
+            send(self._pid, signal.SIGKILL)
+        ours = (self._handle, self._instance, self._groups)
+        while await asyncio.to_thread(kill_all, *ours) or self.alive():
             await asyncio.sleep(0.02)
         await asyncio.to_thread(limits.remove, self._groups)
         shutil.rmtree(self._socket.parent, ignore_errors=True)
@@ -165,15 +166,21 @@ def marked(instance: str) -> list[tuple[psutil.Process, str]]:
     return found
 
 
-def kill_marked(handle: str, instance: str) -> int:
-    """SIGKILL every process that carries the sandbox's mark; how many there were."""
-    ours = [process for process, its in marked(instance) if its == handle]
-    for process in ours:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
+def kill_all(handle: str, instance: str, groups: list[str]) -> int:
+    """SIGKILL every process that carries the sandbox's mark or is in its groups; how many there were."""
+    ours = {process.pid for process, its in marked(instance) if its == handle}
+    ours |= limits.members(groups)
+    for pid in ours:
+        send(pid, signal.SIGKILL)
     return len(ours)
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    """A signal for a process that may have ended meanwhile."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
 
 
 def make_private(folder: Path) -> None:
@@ -352,9 +359,9 @@ class LocalBackend:
         return sandbox if sandbox.alive() else None
 
     async def clear(self, handle: str) -> None:
-        while await asyncio.to_thread(kill_marked, handle, self._instance):
-            await asyncio.sleep(0.02)
         groups = await asyncio.to_thread(limits.find_groups, self._group(handle))
+        while await asyncio.to_thread(kill_all, handle, self._instance, groups):
+            await asyncio.sleep(0.02)
         await asyncio.to_thread(limits.remove, groups)
         try:
             sockets = hosted(self._config.state_dir / "sandboxes" / handle)["ipc_directory"]

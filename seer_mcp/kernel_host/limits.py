@@ -83,6 +83,13 @@ def remove(groups: Iterable[str]) -> None:
             break
 
 
+def members(groups: Iterable[str]) -> Set[int]:
+    """Process numbers of all that is in the groups, whatever it has made of its environment."""
+    texts = [_read(os.path.join(group, "cgroup.procs")) for group in groups]
+    found = {int(line) for text in texts for line in text.split()}
+    return found - {0}  # a process that cannot be seen from here
+
+
 def find_groups(name: str) -> List[str]:
     """Control groups of that name, wherever they are: for a sandbox whose record is lost."""
     found: List[str] = []
