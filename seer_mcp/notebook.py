@@ -514,6 +514,8 @@ class Notebook:
                 except NotebookUnreadable as error:
                     reason = str(error)
                 else:
+                    # What they had saved before this into a file of before comes first.
+                    await self._look_at_displaced()
                     self._stamp = now
                     self._base = self._merge(cells, metadata)
                     # Unmarked, nothing tells later from which version a copy comes: mark it anew.
@@ -582,11 +584,9 @@ class Notebook:
     async def _look_at_displaced(self) -> bool:
         """Merge what was written into files that ours took the place of; whether there was anything."""
         found = False
-        for displaced in list(self._displaced):
-            final = displaced.final()  # asked first: what is written after that is not missed
-            now = displaced.stamp()
-            if now != displaced.seen:
-                raw = displaced.read()
+        # The newest is read first and merged last: whoever saved into it was done with the others.
+        for displaced, final, now, raw in reversed([d.look() for d in reversed(self._displaced)]):
+            if raw is not None:
                 try:
                     cells, metadata = await self._parsed(raw)
                 except NotebookUnreadable as error:

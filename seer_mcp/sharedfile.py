@@ -237,9 +237,9 @@ def recover_parts(path: Path) -> list[Path]:
             found == expected  # the version we had just replaced
             or expected is None  # of another writer of ours
             or expected == (0, 0, 0)
-            # It was not exchanged yet, or it is a second name of what is in place.
-            or (current is not None and current.inode == expected.inode)
-            or (current is not None and found is not None and current.inode == found.inode)
+            # Not exchanged yet, or a second name of what is in place. (A number alone tells
+            # nothing: the next file may get it.)
+            or current in (expected, found)
         )
         if ours:
             part.unlink(missing_ok=True)
