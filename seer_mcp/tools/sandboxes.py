@@ -108,8 +108,7 @@ def tools(register: Register) -> list[Tool]:
         live = [s for s in sessions if s.ended is None]
         ended = [s for s in sessions if s.ended is not None][-8:]
         lines = [f"{len(live)} running, {len(sessions) - len(live)} ended"]
-        lines += [await described(s) for s in live]
-        lines += [await described(s) for s in ended]
+        lines += await asyncio.gather(*map(described, [*live, *ended]))  # each asks its host
         lines += problems
         if not live:
             lines.append(f"Next: {call('start_sandbox', name='my-question')}.")

@@ -123,7 +123,8 @@ async def crowd_on_stubs(place: Ground, clients: int, seconds: float, think: flo
         AsyncExitStack() as stack,
     ):
         labs = [await stack.enter_async_context(server.lab(ERAS[n % 2])) for n in range(clients)]
-        handles = [await labs[0].start(name=f"shared-{n}") for n in range(-(-clients // 4))]
+        names = [f"shared-{n}" for n in range(-(-clients // 4))]
+        handles = await asyncio.gather(*(labs[0].start(name=name) for name in names))
         end = time.monotonic() + seconds
         await asyncio.gather(
             *(one_client(found, lab, n, handles[n // 4], end, think) for n, lab in enumerate(labs))
