@@ -269,8 +269,13 @@ async def test_what_a_killed_host_left_behind_is_ended(here: Ground) -> None:
         kill_server(server)
     os.kill(record_of(here, sandbox)["sandbox"]["pid"], signal.SIGKILL)
     await until(lambda: [p.name() for p in processes_of(sandbox)] == ["sleep"])
-    found = await one(here, "processes")
+    (folder,) = runtime_of(here).iterdir()
+    assert {"host", "k1-1", "k1.json"} <= {path.name for path in folder.iterdir()}
+    found, sockets = await report(here, "processes", "sockets")
     assert found.status == "fail"
+    assert sockets.fixable and str(folder) in sockets.says
+    await report(here, "sockets", fix=True)
+    assert list(runtime_of(here).iterdir()) == []
     lines = await report(here, "records", "processes", fix=True)
     assert [line.status for line in lines if line.status != "fixed"] == ["ok", "ok"]
     assert processes_of(sandbox) == []

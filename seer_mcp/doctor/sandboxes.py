@@ -31,6 +31,7 @@ from .places import shortly
 RUN_SECONDS = 60.0
 NEEDED = ("handle", "backend", "notebook", "created", "owner", "name", "ended", "sandbox")
 SOCKETS = re.compile(r"host|k\d+-\d+")
+BESIDE = re.compile(r"k\d+\.(json|stdout|stderr)")  # what the kernel host keeps with them
 
 
 async def kernel(patient: Patient) -> list[Finding]:
@@ -355,9 +356,14 @@ def sockets_in_use() -> set[Path]:
 def is_socket_folder(path: Path) -> bool:
     if not re.fullmatch(r"[0-9a-f]{12}", path.name) or path.is_symlink() or not path.is_dir():
         return False
-    entries = list(path.iterdir())
-    return path.lstat().st_uid == os.getuid() and all(
-        SOCKETS.fullmatch(entry.name) and stat.S_ISSOCK(entry.lstat().st_mode) for entry in entries
+    return path.lstat().st_uid == os.getuid() and all(map(is_of_host, path.iterdir()))
+
+
+def is_of_host(path: Path) -> bool:
+    mode = path.lstat().st_mode
+    return bool(
+        (SOCKETS.fullmatch(path.name) and stat.S_ISSOCK(mode))
+        or (BESIDE.fullmatch(path.name) and stat.S_ISREG(mode))
     )
 
 
