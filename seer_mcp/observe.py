@@ -29,6 +29,7 @@ from opentelemetry.trace import (
     StatusCode,
     get_current_span,
     get_tracer,
+    get_tracer_provider,
 )
 
 from . import __version__
@@ -36,6 +37,7 @@ from .audit import Audit, described
 from .logs import Log
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9_.-]{1,80}")
+FLUSH_SECONDS = 1.0
 SAID_ALWAYS = ("kernel_died", "sandbox_lost")  # ends of a run that an operator should see
 
 _call: ContextVar[Call | None] = ContextVar("seer_mcp_call", default=None)
@@ -97,6 +99,15 @@ def identifier(value: object) -> str | None:
     return value if isinstance(value, str) and IDENTIFIER.fullmatch(value) else None
 
 
+async def flush_spans() -> None:
+    """What an SDK still holds is sent now: the process may end without clean-up."""
+    flush = getattr(get_tracer_provider(), "force_flush", None)  # only an SDK's has it
+    if flush is None:
+        return
+    sending = asyncio.create_task(asyncio.to_thread(flush, int(FLUSH_SECONDS * 1000)))
+    await asyncio.wait([sending], timeout=FLUSH_SECONDS)
+
+
 class Observer:
     """Log, audit and spans of one server."""
 
@@ -111,9 +122,10 @@ class Observer:
         python = ".".join(map(str, sys.version_info[:3]))
         self.log.write("server_started", version=__version__, python=python, **settings)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.log.write("server_ended")
         self.log.close()
+        await flush_spans()
 
     @contextmanager
     def call(

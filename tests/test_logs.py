@@ -274,15 +274,38 @@ async def test_the_span_of_a_failed_run_is_an_error(
     assert call.attributes and call.attributes["seer.outcome"] == "error"
 
 
+@pytest.mark.anyio
+async def test_spans_are_sent_before_the_server_ends(tmp_path: Path) -> None:
+    """Also those that a batching SDK would have sent some seconds later."""
+    code = (
+        "import sys\n"
+        "from opentelemetry import trace\n"
+        "from opentelemetry.sdk.trace import TracerProvider\n"
+        "from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter\n"
+        "provider = TracerProvider()\n"
+        "file = open(sys.argv[1], 'w')\n"
+        "provider.add_span_processor(BatchSpanProcessor(ConsoleSpanExporter(out=file)))\n"
+        "trace.set_tracer_provider(provider)\n"
+        "from seer_mcp.cli import main\n"
+        "main(sys.argv[2:])\n"
+    )
+    usual = stdio_parameters(tmp_path)
+    arguments = ["-c", code, str(tmp_path / "spans"), *usual.args[2:]]
+    async with Client(usual.model_copy(update={"args": arguments})) as client:
+        assert (await client.call_tool("no_such_tool", {})).is_error
+    assert "tools/call no_such_tool" in (tmp_path / "spans").read_text()
+
+
 # -- the files themselves ---------------------------------------------------------------------
 
 
-def test_each_server_has_a_file_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.anyio
+async def test_each_server_has_a_file_of_its_own(tmp_path: Path) -> None:
     first, second = Observer(tmp_path, 0), Observer(tmp_path, 0)
     first.open()
     second.open()
-    second.close()
-    first.close()
+    await second.close()
+    await first.close()
     files = sorted((tmp_path / "logs").iterdir())
     assert len(files) == 2
     for file in files:

@@ -75,7 +75,7 @@ class Register:
             await asyncio.gather(*(s.terminate("the server ended") for s in live))
         else:
             await asyncio.gather(*(s.let_go() for s in live))
-        self.observer.close()
+        await self.observer.close()
         self.closed.set()
 
     def backend(self, name: str) -> Backend:
