@@ -6,6 +6,7 @@ import json
 import math
 import re
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def _output_lines(output: dict[str, Any]) -> dict[str, Any]:
     return output
 
 
+DEPTH = (
+    200  # levels of nesting that are opened: what writes and checks a file has only so much stack
+)
+
+
 def new_id() -> str:
     return secrets.token_hex(4)
 
@@ -63,6 +69,8 @@ def read_notebook(
     copy may be converted from an older format; in place, only what nbformat 4 can hold is opened.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise NotebookUnreadable(str(path), "it is not a regular file")
         raw = path.read_bytes()
     except OSError as error:
         raise NotebookUnreadable(str(path), error.strerror or str(error)) from error
@@ -108,12 +116,19 @@ def parse_notebook(
                 cell.setdefault("id", new_id())
         data["nbformat_minor"] = max(5, data.get("nbformat_minor", 0))
         _unique_ids(path, data["cells"], as_copy)
+        if nested_deeper(data, DEPTH):
+            raise NotebookUnreadable(str(path), f"it is nested deeper than {DEPTH} levels")
+        json.dumps(data, ensure_ascii=False).encode("utf-8")
         nbformat.validate(data)
     except NotebookValidationError as error:
         raise NotebookUnreadable(
             str(path), f"it is not a valid notebook: {str(error).splitlines()[0]}"
         ) from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except UnicodeEncodeError as error:
+        raise NotebookUnreadable(
+            str(path), "it has half of a character (a lone surrogate), which no file can hold"
+        ) from error
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise NotebookUnreadable(str(path), f"it is not a valid notebook: {error!r}") from error
     if "seer" in data["metadata"]:
         data["metadata"]["seer"] = _true_to_kind(data["metadata"]["seer"], DOCUMENT_FACTS)
@@ -174,6 +189,7 @@ RUN_FACTS: dict[str, type] = {
     "started": float,
     "seconds": float,
     "late": int,
+    "damaged": int,
     "output_bytes": int,
     "dropped_bytes": int,
     "stale": bool,
@@ -182,13 +198,20 @@ RUN_FACTS: dict[str, type] = {
 }
 
 
+def nested_deeper(value: Any, depth: int) -> bool:
+    """Whether there is something more than `depth` lists and objects inside one another."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(depth == 0 or nested_deeper(part, depth - 1) for part in inside)
+
+
 def _true_to_kind(facts: Any, kinds: dict[str, type]) -> dict[str, Any]:
     if not isinstance(facts, dict):
         return {}
-    return {name: facts[name] for name, kind in kinds.items() if _is(facts.get(name), kind)}
+    return {name: facts[name] for name, kind in kinds.items() if is_kind(facts.get(name), kind)}
 
 
-def _is(value: Any, kind: type) -> bool:
+def is_kind(value: Any, kind: type) -> bool:
+    """Whether it is one: numbers are finite, whole in JavaScript too, and not below zero."""
     if kind is int or kind is float:
         number = isinstance(value, (int, kind)) and not isinstance(value, bool)
         return number and 0 <= value < 2**53 and math.isfinite(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 import time
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Awaitable, Callable
@@ -16,9 +17,11 @@ from .errors import (
     SandboxUnreachable,
     SeerError,
 )
+from .ipynb import DEPTH, STATES, is_kind, nested_deeper
 from .kernel_host.fault import fault_point
 
 Event = dict[str, Any]
+Damage = Callable[[int, int], None]
 Dial = Callable[[], Awaitable[tuple[StreamReader, StreamWriter]]]
 
 # Sending these twice does the same as sending them once, so they are sent again after a break.
@@ -38,12 +41,141 @@ REPEATABLE = frozenset(
 )
 PING_SECONDS = 15.0
 SLICE = 0.005  # seconds of folding after which other tasks get a turn
+ENDS = STATES - {"queued", "running"}
+
+# What an event must have, and of which kind, before anything relies on it; and what it may have.
+BUNDLE: dict[str, type] = {"data": dict, "metadata": dict}
+REQUIRED: dict[str, dict[str, type]] = {
+    "kernel": {"state": str, "generation": int},
+    "closing": {"why": str},
+    "lost": {"bytes": int},
+    "start": {"run": str, "t": float},
+    "end": {"run": str, "state": str, "why": str, "output_bytes": int, "dropped_bytes": int},
+    "stream": {"run": str, "name": str, "text": str},
+    "display": {"run": str, **BUNDLE},
+    "result": {"run": str, **BUNDLE},
+    "update": BUNDLE,
+    "error": {"run": str, "ename": str, "evalue": str, "traceback": list},
+    "clear": {"run": str, "wait": bool},
+    "capped": {"run": str, "cap": int},
+}
+OPTIONAL: dict[str, type] = {
+    "run": str,
+    "display_id": str,
+    "count": int,
+    "how": str,
+    "command": str,
+    "late": bool,
+}
+# What an answer must have, by its operation, if it is not a refusal.
+ANSWERS: dict[str, dict[str, type]] = {
+    "status": {
+        "kernel": str,
+        "how": str,
+        "stderr": str,
+        "generation": int,
+        "commands": list,
+        "queued": list,
+        "idle_for": float,
+    },
+    "run": {"runs": list},
+    "runs": {"runs": list},
+    "command": {"runs": list},
+    "interrupt": {"waiting": int},
+    "restart": {"kernel": str, "how": str, "stderr": str},
+    "read_file": {"data": str, "size": int},
+    "write_file": {"path": str},
+    "list_files": {"entries": list, "total": int},
+}
+NUMBER = re.compile(rb'\{"n": (\d{1,15}),')  # as a journal's lines begin
+NOT_STORABLE = re.compile(rb"\\u[dD][89a-fA-F]|[eE]\+?\d{3}")  # surrogates, numbers beyond a float
+
+
+def _refused(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=_refused)
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """One line of a host as an event or an answer, checked. Raises ValueError for anything else."""
+    try:
+        message: Any = DECODER.decode(line.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    if not isinstance(message, dict):
+        raise ValueError("not an object")
+    if line.count(b"[") + line.count(b"{") > DEPTH and nested_deeper(message, DEPTH):
+        raise ValueError("nested too deep")
+    if NOT_STORABLE.search(line):
+        json.dumps(message, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    if "n" in message:
+        _check_event(message)
+    elif not is_kind(message.get("id"), int):
+        raise ValueError("neither an event nor an answer")
+    return message
+
+
+def _check_event(event: Event) -> None:
+    kind = event.get("type")
+    if not is_kind(event["n"], int) or event["n"] == 0 or not isinstance(kind, str):
+        raise ValueError("an event without a number or a type")
+    for name, wanted in REQUIRED.get(kind, {}).items():
+        if not is_kind(event.get(name), wanted):
+            raise ValueError(f"{kind}: {name} is not a {wanted.__name__}")
+    for name, wanted in OPTIONAL.items():
+        if event.get(name) is not None and not is_kind(event[name], wanted):
+            raise ValueError(f"{kind}: {name} is not a {wanted.__name__}")
+    if kind == "end":
+        if event["state"] not in ENDS:
+            raise ValueError(f"a run cannot end as {event['state']!r}")
+        took = event.get("seconds")  # below zero where the clock was set back
+        event["seconds"] = took if is_kind(took, float) else 0.0
+    if kind in ("end", "result"):
+        event.setdefault("count", None)
+
+
+class Events:
+    """Passes events on, each once and in order, and tells what is damaged: lines and their bytes.
+
+    Numbers that are missing count as lines of no bytes, unless a damaged line stood for them.
+    """
+
+    def __init__(self, start: int, on_event: Callable[[Event], None], on_damage: Damage) -> None:
+        self.next = start
+        self._on_event = on_event
+        self._on_damage = on_damage
+        self._unnumbered = 0
+
+    def take(self, line: bytes) -> dict[str, Any] | None:
+        """The line's message, if it is not an event but an answer."""
+        try:
+            message = parse_line(line)
+        except ValueError:
+            self.damaged(len(line))
+            return None
+        if "n" not in message:
+            return message
+        if message["n"] >= self.next:
+            missing = message["n"] - self.next - self._unnumbered
+            self._unnumbered = 0
+            self.next = message["n"] + 1
+            if missing > 0:
+                self._on_damage(missing, 0)
+            self._on_event(message)
+        return None
+
+    def damaged(self, size: int) -> None:
+        self._unnumbered += 1
+        self._on_damage(1, size)
 
 
 class Link:
     """Keeps one connection to the host, for as long as the session wants it.
 
-    `on_event` is called once for each event, in order, beginning with number `start`.
+    `on_event` is called once for each event, in order, beginning with number `start`; `on_damage`
+    with how many lines of how many bytes could not be read.
     `is_gone` is asked after a failed dial: it returns why the machine is gone for good, or None.
     """
 
@@ -52,17 +184,19 @@ class Link:
         dial: Dial,
         start: int,
         on_event: Callable[[Event], None],
+        on_damage: Damage,
         is_gone: Callable[[], Awaitable[str | None]],
         on_gone: Callable[[str], None],
     ) -> None:
         self._dial = dial
-        self._next = start
         self._on_event = on_event
+        self._events = Events(start, self._come, on_damage)
         self._is_gone = is_gone
         self._on_gone = on_gone
         self._ids = itertools.count(1)
         self._waiting: dict[int, tuple[dict[str, Any], asyncio.Future[dict[str, Any]]]] = {}
         self._writer: StreamWriter | None = None
+        self._heard = 0  # lines that made sense
         self._gone: str | None = None
         self._caught_up = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -96,9 +230,13 @@ class Link:
             ) from None
         finally:
             self._waiting.pop(number, None)
-        if answer["ok"]:
-            return answer
-        raise refusal(answer)
+        if answer.get("ok") is not True:
+            raise refusal(answer)
+        if any(not is_kind(answer.get(name), kind) for name, kind in ANSWERS.get(op, {}).items()):
+            raise SandboxUnreachable(
+                f"The sandbox's answer to {op!r} cannot be understood. If that goes on, end it with stop_sandbox."
+            )
+        return answer
 
     async def caught_up(self) -> None:
         """Wait until every event that existed when we connected has been folded."""
@@ -124,7 +262,7 @@ class Link:
                 pause = min(pause * 2, 5.0)
                 continue
             fault_point("link.dialled")
-            pause = 0.05
+            heard = self._heard
             pinger = asyncio.create_task(self._ping(writer))
             try:
                 await self._talk(reader, writer)
@@ -135,37 +273,54 @@ class Link:
                 self._writer = None
                 writer.close()
             self._drop_unrepeatable()
-            # A host that ends on purpose closes its connections: look before dialling again.
-            await asyncio.sleep(0.02)
+            if self._heard > heard:
+                pause = 0.05
+                # A host that ends on purpose closes its connections: look before dialling again.
+                await asyncio.sleep(0.02)
+            else:  # it takes the connection and says nothing that can be understood
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 5.0)
 
     async def _talk(self, reader: StreamReader, writer: StreamWriter) -> None:
-        self._send(writer, {"id": 0, "op": "subscribe", "from": self._next})
+        self._send(writer, {"id": 0, "op": "subscribe", "from": self._events.next})
         for message, _ in list(self._waiting.values()):
             self._send(writer, message)
         self._writer = writer
         known = 0
         began = time.monotonic()
-        while line := await reader.readline():
+        while True:
+            try:
+                line = await reader.readline()
+            except ValueError:  # longer than the reader's limit: what was read is passed over
+                self._events.damaged(0)
+                continue
             if not line.endswith(b"\n"):
                 return
-            message: dict[str, Any] = json.loads(line)
-            if "n" in message:
-                if message["n"] >= self._next:
-                    self._next = message["n"] + 1
-                    fault_point("event.come")
-                    self._on_event(message)
-                    fault_point("event.folded")
-            elif message["id"] == 0:
-                known = message["last"]
-            elif (waiting := self._waiting.get(message["id"])) is not None and not waiting[
-                1
-            ].done():
-                waiting[1].set_result(message)
-            if self._next > known:
+            before = self._events.next
+            answer = self._events.take(line)
+            if answer is not None:
+                known = self._answered(answer, known)
+            if answer is not None or self._events.next > before:
+                self._heard += 1
+            if self._events.next > known:
                 self._caught_up.set()
             if time.monotonic() - began > SLICE:
                 await asyncio.sleep(0)
                 began = time.monotonic()
+
+    def _come(self, event: Event) -> None:
+        fault_point("event.come")
+        self._on_event(event)
+        fault_point("event.folded")
+
+    def _answered(self, answer: dict[str, Any], known: int) -> int:
+        """Pass an answer to whom it is for; how many events there were when we subscribed."""
+        if answer["id"] == 0:
+            return answer["last"] if is_kind(answer.get("last"), int) else known
+        _, future = self._waiting.get(answer["id"], (None, None))
+        if future is not None and not future.done():
+            future.set_result(answer)
+        return known
 
     async def _ping(self, writer: StreamWriter) -> None:
         while True:
@@ -205,7 +360,9 @@ class Link:
 
 def refusal(answer: dict[str, Any]) -> SeerError:
     """The host's "no" as one of our errors."""
-    code, text = answer["code"], answer["error"]
+    code, text = answer.get("code"), answer.get("error")
+    if not isinstance(text, str) or not text:
+        text = "it does not say why"
     if code == "kernel_dead":
         return KernelDead(text)
     if code == "kernel_failed":

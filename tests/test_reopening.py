@@ -50,7 +50,7 @@ async def test_a_record_that_names_no_sandbox_is_told_and_others_are_found(tmp_p
         file.write_text(json.dumps({**record, "sandbox": wrong}))
         async with open_lab(tmp_path, on_exit="keep") as lab:
             listed = await lab.ok("list_sandboxes")
-            assert good in listed and "names no sandbox" in listed
+            assert good in listed and "its record cannot be used" in listed
     file.write_text(json.dumps(whole))
     async with open_lab(tmp_path) as lab:
         assert text_of(await lab.cell(bad, "1 + 1")).endswith("2")

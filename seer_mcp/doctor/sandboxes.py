@@ -24,6 +24,7 @@ from ..files import Lock, private_dir, write_json
 from ..logs import held
 from ..packs import Packs
 from ..sessions import Register
+from ..sessions.record import intact
 from ..sessions.register import FORGET_SECONDS
 from .findings import Finding, Fix, Patient, fail, ok, warn
 from .places import shortly
@@ -111,6 +112,8 @@ def read_record(folder: Path) -> tuple[dict[str, Any] | None, str]:
         record = json.loads((folder / "record.json").read_text())
         missing = [key for key in NEEDED if key not in record]
         float(record["created"])
+        if not intact(record):
+            return None, "it was changed or damaged since it was written"
         return (None, f"it lacks {', '.join(missing)}") if missing else (record, "")
     except FileNotFoundError:
         return None, "there is none"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -30,11 +29,15 @@ from ..notebook import Notebook
 from ..observe import Observer
 from ..packs import Packs
 from ..sharedfile import stamp
+from .record import read_record
 from .session import RunInfo, Session
 
 FORGET_SECONDS = 7 * 86400.0
 CUT_OFF_SECONDS = 60.0
 READY_SECONDS = 40.0
+FOLLOW_SECONDS = 10.0
+# What damaged files of a sandbox can raise. It is said in a note: the other sandboxes are well.
+DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, SeerError)
 T = TypeVar("T")
 ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
 
@@ -324,13 +327,11 @@ class Register:
         async with self._scanning:
             folders = sorted((self.config.state_dir / "sandboxes").iterdir())
             ours = self._sessions.keys() | self._starting
-            unknown = [f for f in folders if f.name not in ours]
+            unknown = [f for f in folders if f.name not in ours and f.is_dir()]
             new = [f for f in unknown if (f / "record.json").exists()]
-            for folder in unknown:
-                if folder not in new:
-                    self._forget_cut_off(folder)
+            cut_off = [self._forget_cut_off(f) for f in unknown if f not in new]
             outcomes = await asyncio.gather(*(self._adopt(folder) for folder in new))
-            notes.extend(outcome for outcome in outcomes if outcome)
+            notes.extend(outcome for outcome in [*cut_off, *outcomes] if outcome)
         return notes
 
     async def settle(self, folder: Path) -> str | None:
@@ -338,18 +339,33 @@ class Register:
         return await self._adopt(folder)
 
     async def _adopt(self, folder: Path) -> str | None:
+        """Take over the sandbox of a folder; what is wrong with it, if it cannot be."""
+        locks: list[Lock] = []
+        try:
+            return await self._take_over(folder, locks)
+        except (*DAMAGE, TypeError, ValueError) as error:
+            release(*locks)
+            return (
+                f"{folder.name}: it cannot be taken over ({error!r}). `seer-mcp doctor` shows more."
+            )
+
+    async def _take_over(self, folder: Path, locks: list[Lock]) -> str | None:
         lock = Lock(folder / "lock")
+        locks.append(lock)
         held = not lock.take()
         self._elsewhere.pop(folder.name, None)
         try:
-            record: dict[str, Any] = json.loads((folder / "record.json").read_text())
+            record = read_record(folder)
             handle, backend_name = str(record["handle"]), str(record["backend"])
             path, created = Path(record["notebook"]), float(record["created"])
             owner, name, ended = str(record["owner"]), str(record["name"]), record["ended"]
             sandbox_record = record["sandbox"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (*DAMAGE, TypeError, ValueError) as error:
             lock.release()
-            return f"{folder.name}: its record cannot be read ({error!r}); remove {folder} when nothing of it runs."
+            return (
+                f"{folder.name}: its record cannot be used ({error!r}). `seer-mcp doctor --fix` writes it anew if "
+                f"the sandbox runs; else remove {folder}."
+            )
         if held:
             self._elsewhere[handle] = owner
             return f"{folder.name}: another seer-mcp server uses it."
@@ -368,6 +384,7 @@ class Register:
         if notebook_lock is None:
             lock.release()
             return f"{handle}: its notebook {path} is open in another sandbox; stop that one first."
+        locks.append(notebook_lock)
         fault_point("find.locked")
         try:
             seen = stamp(path)
@@ -405,23 +422,26 @@ class Register:
             )
         else:
             session.attach(backend, sandbox, document.rewind())
-            await session.follow_again()
+            await session.follow_again(FOLLOW_SECONDS)
             fault_point("find.followed")
             self._note("found again", session)
         self._sessions[handle] = session
         return None
 
-    def _forget_cut_off(self, folder: Path) -> None:
+    def _forget_cut_off(self, folder: Path) -> str | None:
         """Remove the folder of a start that was cut off before its record: nothing of it runs."""
         try:
             if time.time() - folder.stat().st_mtime < CUT_OFF_SECONDS:
-                return  # perhaps another server is about to write the record
-        except FileNotFoundError:
-            return
+                return None  # perhaps another server is about to write the record
+        except OSError:
+            return None
+        if (folder / "host.json").exists():  # it had a record: something may run
+            return f"{folder.name}: its record is missing. `seer-mcp doctor --fix` writes it anew if it runs."
         lock = Lock(folder / "lock")
         if lock.take():
             shutil.rmtree(folder, ignore_errors=True)
             lock.release()
+        return None
 
     def _ended(self, session: Session) -> None:
         """The record stays for a while, so that the handle can be asked about; the rest goes."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -24,11 +23,12 @@ from ..errors import (
     SeerError,
 )
 from ..files import Lock
-from ..kernel import Event, Link
+from ..kernel import NUMBER, Event, Events, Link
 from ..kernel_host.fault import fault_point
 from ..notebook import UNFINISHED, Cell, Notebook
 from ..observe import Call, RunFacts, current_call
 from ..outputs import Outputs
+from .record import sealed
 
 Heartbeat = Callable[[str], Awaitable[None]]
 HEARTBEAT_SECONDS = 5.0
@@ -96,6 +96,10 @@ class Session:
         """It ended long ago: its notebook is read when somebody asks for it."""
         self.lost_bytes = 0
         """Bytes of output that the host could not keep because its disk was full."""
+        self.damaged_lines = 0
+        """Lines of the host's that could not be read, and …"""
+        self.damaged_bytes = 0
+        """… their size, as far as they were there at all."""
         self.on_change: Callable[[Session, str], None] = lambda session, cell: None
         self.on_end: Callable[[Session], None] = lambda session: None
         self.on_run_begun: Callable[[Session, RunInfo, str], None] = lambda session, run, code: None
@@ -106,6 +110,7 @@ class Session:
         self._saver: asyncio.Task[None] | None = None
         self._closing_why = ""
         self._ending: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
         self._kernel_changed = asyncio.Event()
         self._work: set[asyncio.Task[Any]] = set()
 
@@ -125,14 +130,29 @@ class Session:
                 else (self._closing_why or "its host process ended unexpectedly")
             )
 
-        self._link = Link(sandbox.dial, start, self._fold, is_gone, self._lost)
+        self._link = Link(sandbox.dial, start, self._fold, self._damaged, is_gone, self._lost)
         self._link.open()
         self._saver = asyncio.create_task(
             self.notebook.keep_saved(), name=f"saver of {self.handle}"
         )
 
-    async def follow_again(self) -> None:
-        """After a restart of the server: the true state of every run that was not over."""
+    async def follow_again(self, patience: float) -> None:
+        """After a restart of the server: the true state of every run that was not over.
+
+        Waits for it at most `patience` seconds; a sandbox that does not answer is asked further.
+        """
+        self._asking = asyncio.create_task(self._ask_again())
+        await asyncio.wait([self._asking], timeout=patience)
+
+    async def _ask_again(self) -> None:
+        while self.ended is None:
+            try:
+                await self._ask_how_it_is()
+                return
+            except SandboxUnreachable:  # it hangs, is stopped, or makes no sense
+                await asyncio.sleep(1.0)
+
+    async def _ask_how_it_is(self) -> None:
         assert self._link is not None
         await self._link.caught_up()
         if self.ended is not None:
@@ -144,7 +164,7 @@ class Session:
         if not open_runs or self.ended is not None:
             return
         answer = await self._link.request("runs", runs=open_runs)
-        known = {run["run"] for run in answer["runs"]}
+        known = {run.get("run") for run in answer["runs"] if isinstance(run, dict)}
         for run in open_runs:
             if run not in known:
                 self._finish(run, "not_run", "the server ended before the kernel heard of it")
@@ -160,7 +180,8 @@ class Session:
         if journal := await self._left_behind():
             await self._read_left_behind(journal, start)
         closed = self._closing_why
-        await self._end(closed or why, "expired" if closed else "sandbox_lost")
+        said = "; ".join(part for part in (closed or why, self.damage) if part)
+        await self._end(said, "expired" if closed else "sandbox_lost")
 
     def _find_left_behind(self, backend: Backend, record: Record) -> None:
         async def left_behind() -> Path | None:
@@ -177,21 +198,45 @@ class Session:
         `stopped`: why this server ended it, so that what was cut off then was interrupted by us.
         """
         began = time.monotonic()
-        with journal.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if number < start:
-                    continue
-                try:
-                    event: Event = json.loads(line)
-                except ValueError:
-                    return  # the host was killed while it wrote this line
-                if stopped and event["type"] == "end" and event["state"] == "expired":
-                    event.update(state="interrupted", why=stopped)
-                if not stopped or event["type"] != "closing":
-                    self._fold(event)
-                if time.monotonic() - began > SLICE:
-                    await asyncio.sleep(0)
-                    began = time.monotonic()
+
+        def fold(event: Event) -> None:
+            if stopped and event["type"] == "end" and event["state"] == "expired":
+                event.update(state="interrupted", why=stopped)
+            if not stopped or event["type"] != "closing":
+                self._fold(event)
+
+        events = Events(start, fold, self._damaged)
+        try:
+            with journal.open("rb") as file:
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        events.damaged(len(line))  # the host was killed while it wrote this line
+                    elif not ((number := NUMBER.match(line)) and int(number[1]) < start):
+                        events.take(line)
+                    if time.monotonic() - began > SLICE:
+                        await asyncio.sleep(0)
+                        began = time.monotonic()
+        except OSError:
+            events.damaged(0)
+
+    @property
+    def damage(self) -> str:
+        """What of the sandbox's journal could not be read, as a clause; empty if all could."""
+        if not self.damaged_lines:
+            return ""
+        lines = "1 line" if self.damaged_lines == 1 else f"{self.damaged_lines:,} lines"
+        return (
+            f"{lines} of the sandbox's journal ({self.damaged_bytes:,} bytes) could not be read, and what "
+            "they said is missing here"
+        )
+
+    def _damaged(self, lines: int, size: int) -> None:
+        """Something that the host wrote is lost: said of the sandbox, and of what runs."""
+        self.damaged_lines += lines
+        self.damaged_bytes += size
+        for cell in self.notebook.cells:
+            if cell.state == "running":
+                cell.note(damaged=cell.seer.get("damaged", 0) + lines)
 
     async def kernel_ready(self, timeout: float) -> None:
         """Wait for the kernel's first start. Raises KernelStartFailed."""
@@ -234,6 +279,8 @@ class Session:
         await self._end(why, "interrupted")
 
     async def _stop_following(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
         if self._work:
             await asyncio.wait(self._work, timeout=2.0)
         if self._link is not None:
@@ -464,9 +511,9 @@ class Session:
             self.find_run(run)
         answer = await self._linked().request("interrupt", run=run, everything=everything)
         fault_point("interrupt.sent")
-        if answer["interrupted"] is None:
+        stopped = self.runs.get(str(answer.get("interrupted")))
+        if stopped is None:
             return None, True, answer["waiting"]
-        stopped = self.runs[answer["interrupted"]]
         for patience in (2.0, INTERRUPT_SECONDS - 2.0):
             try:
                 async with asyncio.timeout(patience):
@@ -530,16 +577,18 @@ class Session:
 
     def record(self) -> Record:
         sandbox = self._sandbox.record() if self._sandbox is not None else None
-        return {
-            "handle": self.handle,
-            "name": self.name,
-            "owner": self.owner,
-            "backend": self.backend_name,
-            "notebook": str(self.notebook.path),
-            "created": self.created,
-            "ended": self.ended,
-            "sandbox": sandbox,
-        }
+        return sealed(
+            {
+                "handle": self.handle,
+                "name": self.name,
+                "owner": self.owner,
+                "backend": self.backend_name,
+                "notebook": str(self.notebook.path),
+                "created": self.created,
+                "ended": self.ended,
+                "sandbox": sandbox,
+            }
+        )
 
     async def save(self) -> None:
         """The document on disk now. Raises NotebookNotSaved."""

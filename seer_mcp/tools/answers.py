@@ -100,6 +100,8 @@ def notes(session: Session, run: RunInfo | None = None) -> str:
         lines.append(
             f"OUTPUT LOST: the sandbox's disk was full; {session.lost_bytes:,} bytes of output could not be kept."
         )
+    if session.damage:
+        lines.append(f"OUTPUT DAMAGED: {session.damage}.")
     if run and run.dropped_bytes:
         lines.append(
             f"TRUNCATED: this run put out {run.output_bytes:,} bytes; the last {run.dropped_bytes:,} are "
