@@ -40,6 +40,7 @@ OF_CELLS = [kind for kind in BODIES if kind != "plain"]
 OF_SURROUNDINGS = ["kernel killed", "server killed", "server stopped", "line cut"]
 FAULTS = [*OF_CELLS, *OF_SURROUNDINGS]
 QUIET_SHARE = 0.4  # of the whole time, at its end: the server is not killed, its memory is watched
+QUIET_FROM = 150.0  # seconds of a soak that is long enough for that
 SETTLE_SECONDS = 60.0  # after the last run was sent
 
 
@@ -360,6 +361,7 @@ class Soak:
         self.pace = self.seconds * sandboxes / runs
         self.planned: dict[int, Planned] = {}
         self.done = 0
+        self.all_kinds = False
         self.up = asyncio.Event()
         self.all_started = asyncio.Event()
         self.began = 0.0
@@ -369,13 +371,18 @@ class Soak:
 
     @property
     def over(self) -> bool:
-        """Time and runs are up, or the time for stragglers as well."""
+        """Time, runs and kinds of faults are through, or the time for stragglers as well."""
         if not self.began:
             return False
         gone = time.monotonic() - self.began
-        return gone > self.seconds and (
-            self.done >= self.runs or gone > self.seconds + SETTLE_SECONDS
-        )
+        through = self.done >= self.runs and self.all_kinds
+        return gone > self.seconds and (through or gone > self.seconds + SETTLE_SECONDS)
+
+    @property
+    def quiet(self) -> bool:
+        """The part of a long soak in which the server is left alive, to see what it takes."""
+        share = (time.monotonic() - self.began) / self.seconds
+        return self.seconds >= QUIET_FROM and share > 1 - QUIET_SHARE
 
     def next_number(self) -> int:
         return len(self.planned) + 1
@@ -467,42 +474,43 @@ class Soak:
     # -- faults -------------------------------------------------------------------------------
 
     async def inject(self) -> None:
-        """All kinds in random order, again and again."""
-        bag: list[str] = []
-        while time.monotonic() - self.began < self.seconds:
+        """All kinds in random order, again and again; each at least once."""
+        bag = self.chance.sample(FAULTS, len(FAULTS))
+        first = True
+        while first or time.monotonic() - self.began < self.seconds:
             await asyncio.sleep(self.fault_every)
-            share = (time.monotonic() - self.began) / self.seconds
-            if not bag:
-                bag = self.chance.sample(FAULTS, len(FAULTS))
-            quiet = share > 1 - QUIET_SHARE
-            kind = next((k for k in bag if not (quiet and k == "server killed")), None)
+            kind = next((k for k in bag if not (self.quiet and k == "server killed")), None)
             if kind is None:
-                bag.clear()
+                self.all_kinds, first = True, False
+                bag = self.chance.sample(FAULTS, len(FAULTS))
                 continue
             bag.remove(kind)
             worker = self.chance.choice(self.workers)
             if kind in OF_CELLS:
                 worker.orders.append(kind)
                 continue
+            done = True
             if kind == "kernel killed":
-                await self.kill_kernel(worker)
+                done = await self.kill_kernel(worker)
             elif kind == "server killed":
                 await self.replaced()
             elif kind == "server stopped":
                 os.kill(self.server.pid, signal.SIGSTOP)
                 await asyncio.sleep(min(3.0, self.fault_every))
                 os.kill(self.server.pid, signal.SIGCONT)
-            elif not self.cut_a_line():
-                continue  # no server was replaced since they were placed
-            self.report.faults[kind] += 1
+            else:
+                done = self.cut_a_line()
+            self.report.faults[kind] += done
+            if not done:
+                bag.append(kind)  # there was nothing to break just now
 
-    def cut_a_line(self) -> int:
-        """The line of one sandbox that has one through us; how many connections that were."""
+    def cut_a_line(self) -> bool:
+        """The line of one sandbox that has one through us; whether there was one."""
         open_ones = [relay for relay in self.relays.values() if relay.connections]
-        return self.chance.choice(open_ones).cut() if open_ones else 0
+        return bool(open_ones) and self.chance.choice(open_ones).cut() > 0
 
-    async def kill_kernel(self, worker: Worker) -> None:
-        """SIGKILL, in the middle of a cell if one can be had soon."""
+    async def kill_kernel(self, worker: Worker) -> bool:
+        """SIGKILL, in the middle of a cell if one can be had soon; whether there was a kernel."""
         end = time.monotonic() + 3
         while time.monotonic() < end and not (worker.current and worker.current.truth.exists()):
             await asyncio.sleep(0.01)
@@ -511,6 +519,8 @@ class Soak:
                 if any(part.endswith("launch.py") for part in process.cmdline()):
                     worker.hit("kernel killed")
                     process.kill()
+                    return True
+        return False
 
     # -- what the server takes ----------------------------------------------------------------
 
