@@ -846,6 +846,33 @@ async def a_file_is_replaced_as_a_whole(bench: Bench) -> None:
     assert not [name for name in names if name.endswith(".part")]
 
 
+WATCH = """
+import os, time
+seen = set()
+while not os.path.exists('enough'):
+    with open('watched', 'rb') as file:
+        data = file.read()
+    seen.add((data[:1].decode(), len(set(data)), len(data)))
+os.unlink('enough')
+print(sorted(seen))
+"""
+
+
+@check
+async def a_reader_never_sees_part_of_a_file(bench: Bench) -> None:
+    box = await bench.box()
+    size = 3_000_000
+    contents = [bench.harness.folder / "a", bench.harness.folder / "b"]
+    for path in contents:
+        path.write_bytes(path.name.encode() * size)
+    await box.sandbox.put(contents[0], "watched")
+    (id,) = await box.submit(WATCH)
+    for i in range(12):
+        await box.sandbox.put(contents[i % 2], "watched")
+    await box.sandbox.put(contents[0], "enough")
+    assert set(eval((await box.over(id)).text())) <= {("a", 1, size), ("b", 1, size)}
+
+
 @check
 async def a_program_stays_a_program(bench: Bench) -> None:
     box = await bench.box()
