@@ -120,6 +120,13 @@ def test_a_check_that_does_not_exist_is_refused(here: Ground) -> None:
     assert "sokets" in done.stderr and "sockets" in done.stderr
 
 
+def test_the_docs_list_the_checks() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "operating.md").read_text()
+    table = page.partition("<!-- checks -->")[2].partition("<!-- end of checks -->")[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| `")]
+    assert rows == [f"`{name}`" for name in CHECKS]
+
+
 def test_people_get_one_line_each(here: Ground) -> None:
     (here.folder / "state").mkdir(mode=0o755)
     done = subprocess.run(
