@@ -31,7 +31,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from seer_mcp import logs
 from seer_mcp.audit import Audit
 from seer_mcp.logs import Log, prune
-from seer_mcp.observe import Observer
+from seer_mcp.observe import Observer, current_call
 
 from .faults.ground import ground, raw_server, raw_start
 from .support import Lab, open_lab, stdio_parameters, until
@@ -222,6 +222,24 @@ async def test_an_audit_that_cannot_be_written_is_said_in_the_answer(
     assert second["event"] == "call"
     assert log_lines(lab.folder, "audit_not_written")[-1]["lines"] == 4
     assert [r for r in caplog.records if "audit_not_written" in r.getMessage()]
+
+
+@pytest.mark.anyio
+async def test_a_task_that_outlives_its_call_works_in_nobodys_name(tmp_path: Path) -> None:
+    observer = Observer(tmp_path, 0)
+    over = asyncio.Event()
+
+    async def later() -> None:
+        assert current_call() is call
+        await over.wait()
+        assert current_call() is None
+
+    about: dict[str, Any] = {"known": frozenset(), "changes": False, "owner": "o", "client": None}
+    with observer.call("start_sandbox", {}, **about) as call:
+        task = asyncio.create_task(later())
+        await asyncio.sleep(0)
+    over.set()
+    await task
 
 
 # -- spans ------------------------------------------------------------------------------------
