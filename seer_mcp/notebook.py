@@ -48,6 +48,7 @@ class Cell:
     def __init__(self, data: dict[str, Any], notebook: Notebook) -> None:
         self.data = data
         self.outputs: Outputs | None = None
+        self._since: int | None = None  # from which event on its last run can be folded again
         self._notebook = notebook
         self._text: str | None = None
         self._face: Face | None = None
@@ -111,6 +112,7 @@ class Cell:
         self.data["outputs"] = []
         self.data["execution_count"] = None
         self.data["metadata"].pop("seer", None)
+        self._since = since
         self.note(run=run, state="queued", since=since)
 
     def json(self) -> str:
@@ -128,9 +130,19 @@ class Cell:
             if self.seer.get("run"):
                 self.data["metadata"]["seer"] = {**self.seer, "digest": outputs_digest(self.data)}
             self._text = json.dumps(
-                as_lines(self.data), indent=1, ensure_ascii=False, sort_keys=True
+                as_lines(self._to_be_folded_again()), indent=1, ensure_ascii=False, sort_keys=True
             ).replace("\n", "\n  ")
         return self._text
+
+    def _to_be_folded_again(self) -> dict[str, Any]:
+        """Its data. While output waits for room, the file must not say that the run is over.
+
+        If this server ends before there is room, the next one then folds the run again.
+        """
+        if self.outputs is None or self._since is None or not self.outputs.behind():
+            return self.data
+        noted = {**self.seer, "state": "running", "since": self._since}
+        return {**self.data, "metadata": {**self.data["metadata"], "seer": noted}}
 
 
 @dataclass(frozen=True)
@@ -183,6 +195,7 @@ class Notebook:
         self._mark: str = self.metadata.get("seer", {}).get("version", "")
         self._remembered: dict[str, Written] = {self._mark: self._base}  # oldest first
         self._displaced: list[Displaced] = []
+        self._behind: dict[str, Outputs] = {}  # whose output waits for room on the disk
         self._left: set[tuple[str, str]] = set()  # outputs from elsewhere that were not taken
         self._dirty = asyncio.Event()
         self._writable = asyncio.Event()
@@ -293,6 +306,7 @@ class Notebook:
             cell.note(state="running", started=event["t"])
         elif kind == "end":
             cell.live().close()
+            self.look_after(f"cell {cell.id}", cell.live())
             cell.data["execution_count"] = event["count"]
             kept: dict[str, Any] = {"why": event["why"] or None}
             if event["dropped_bytes"]:
@@ -301,6 +315,7 @@ class Notebook:
             cell.note(state=event["state"], seconds=round(event["seconds"], 3), since=None, **kept)
         elif kind in ("stream", "display", "result", "error", "clear", "capped"):
             cell.live().fold(event)
+            self.look_after(f"cell {cell.id}", cell.live())
             if event.get("late"):
                 cell.note(late=cell.seer.get("late", 0) + 1)
                 cell.live().close()
@@ -341,6 +356,28 @@ class Notebook:
                     taken[index] = f"{self.outputs_dir.name}/{old.name}"
             if "files" in cell.seer:
                 cell.note(files=taken)
+
+    def look_after(self, what: str, outputs: Outputs) -> None:
+        """Output for which there was no room is written, and said, with the next saves."""
+        if outputs.behind():
+            self._behind[what] = outputs
+            self.touched()
+
+    def _catch_up(self) -> str | None:
+        """Write the outputs that wait for room; why some still wait, or None."""
+        failed: OSError | None = None
+        for what, outputs in list(self._behind.items()):
+            if error := outputs.flush():
+                failed = error
+            else:
+                del self._behind[what]
+                for cell in self.cells:
+                    if cell.outputs is outputs:
+                        cell.changed()
+        return None if failed is None else why_not(failed) + self._waiting()
+
+    def _waiting(self) -> str:
+        return f"; output of {', '.join(self._behind)} waits in memory" if self._behind else ""
 
     def finish(self, run: str, state: str, why: str) -> None:
         """End a run whose end the kernel host cannot tell any more."""
@@ -413,6 +450,7 @@ class Notebook:
 
     async def _write(self) -> None:
         began = time.monotonic()
+        behind = self._catch_up()
         version = self._version
         self._dirty.clear()
         cells = [cell.json() for cell in self.cells]
@@ -437,12 +475,14 @@ class Notebook:
         if written is not self._base:
             self._remember(self._mark, written)
         self._saved_version, self._base = version, written
-        self.trouble = None
+        self.trouble = behind
+        if behind:
+            self._dirty.set()
 
     def _not_saved(self, error: OSError) -> NotebookNotSaved:
         self._dirty.set()
         self.reshaped = True
-        self.trouble = why_not(error)
+        self.trouble = why_not(error) + self._waiting()
         return NotebookNotSaved(str(self.path), self.trouble)
 
     async def keep_saved(self) -> None:
@@ -791,5 +831,5 @@ def named(ids: list[str]) -> str:
 
 def why_not(error: OSError) -> str:
     """Why a file was not written, for people."""
-    said = error.strerror or str(error)
+    said = (error.strerror or str(error))[:300]
     return f"the disk is full ({said})" if error.errno in (errno.ENOSPC, errno.EDQUOT) else said

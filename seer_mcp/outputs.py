@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,61 @@ def byte_page(text: str, offset: int, limit: int) -> Page:
     return Page(data[start:end].decode("utf-8"), start, end if end < len(data) else None, len(data))
 
 
+class Spill:
+    """The whole text of a long stream, in a file.
+
+    What the disk does not take (it is full) waits in memory, at most what a run may put out, and
+    is written once there is room. The file always holds a beginning of the text.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.trouble: OSError | None = None
+        """Why the last write failed, or None."""
+        self._waiting: deque[bytes] = deque()
+        self._made = False
+
+    def add(self, text: str) -> None:
+        self._waiting.append(text.encode("utf-8"))
+        self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits; whether nothing waits any more."""
+        try:
+            while self._waiting:
+                fault_point("spill.write")
+                self._write(self._waiting[0])
+                self._waiting.popleft()
+                fault_point("spill.written")
+        except OSError as error:
+            self.trouble = error
+            return False
+        self.trouble = None
+        return True
+
+    def _write(self, data: bytes) -> None:
+        """All of it or nothing."""
+        if not self._made:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab" if self._made else "wb", buffering=0) as file:
+            self._made = True
+            before = file.seek(0, 2)
+            done = 0
+            try:
+                while done < len(data):
+                    done += file.write(data[done:]) or 0
+            except OSError:
+                file.truncate(before)
+                raise
+
+    def waiting(self) -> str:
+        return b"".join(self._waiting).decode("utf-8")
+
+    @property
+    def begun(self) -> bool:
+        return self._made
+
+
 class Stream:
     """One merged stream while it may still grow."""
 
@@ -92,26 +148,22 @@ class Stream:
         self._done = ""  # finished lines, while they fit inline
         self._tail = ""
         self._length = 0
-        self.file: Path | None = None
+        self.file: Spill | None = None
 
     def feed(self, text: str) -> None:
         self._screen.feed(text)
-        new = self._screen.take()
-        if not new:
-            return
+        if new := self._screen.take():
+            self._add(new)
+
+    def _add(self, new: str) -> None:
         self._length += len(new)
         if self.file is None:
             self._done += new
             if len(self._done) <= INLINE:
                 return
-            self.file = self._spill()
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.write_bytes(b"")
+            self.file = Spill(self._spill())
             new = self._done
-        fault_point("spill.write")
-        with self.file.open("ab") as file:
-            file.write(new.encode("utf-8"))
-        fault_point("spill.written")
+        self.file.add(new)
         self._tail = (self._tail + new)[-TAIL:]
         self._done = self._done[:HEAD]
 
@@ -121,13 +173,8 @@ class Stream:
         if self.file is None and self._length + len(pending) <= INLINE:
             return
         if pending:
-            self.feed("\n")
-            # The line break was ours: take it back.
-            assert self.file is not None
-            with self.file.open("rb+") as file:
-                file.truncate(file.seek(-1, 2))
-            self._tail = self._tail[:-1]
-            self._length -= 1
+            self._screen.feed("\n")
+            self._add(self._screen.take()[:-1])  # the line break was ours
 
     def output(self) -> Output:
         pending = self._screen.pending()
@@ -136,7 +183,8 @@ class Stream:
             return {"output_type": "stream", "name": self.name, "text": self._done + pending}
         head = (self._done + pending)[:HEAD]
         tail = ((self._tail or self._done) + pending)[-TAIL:]
-        where = f"; all of it: {self.file.parent.name}/{self.file.name}" if self.file else ""
+        path = self.file.path if self.file else None
+        where = f"; all of it: {path.parent.name}/{path.name}" if path else ""
         gap = f"\n… {whole - len(head) - len(tail):,} of {whole:,} characters left out here{where} …\n"
         return {"output_type": "stream", "name": self.name, "text": head + gap + tail}
 
@@ -144,7 +192,10 @@ class Stream:
         pending = self._screen.pending()
         if self.file is None:
             return Piece(index, self.name, self._done + pending)
-        return Piece(index, self.name, "", self.file, pending)
+        rest = self.file.waiting() + pending
+        if not self.file.begun:
+            return Piece(index, self.name, rest)
+        return Piece(index, self.name, "", self.file.path, rest)
 
 
 class Outputs:
@@ -223,9 +274,21 @@ class Outputs:
     def files(self) -> dict[str, Path]:
         """Index of a long stream -> the file that holds all of it."""
         live = {
-            str(i): s.file for i, s in enumerate(self._items) if isinstance(s, Stream) and s.file
+            str(i): s.file.path
+            for i, s in enumerate(self._items)
+            if isinstance(s, Stream) and s.file
         }
         return {**self._files, **live}
+
+    def flush(self) -> OSError | None:
+        """Write what waits for room on the disk; why some of it still waits, or None."""
+        spills = [s.file for s in self._items if isinstance(s, Stream) and s.file]
+        behind = [spill.trouble for spill in spills if spill.trouble and not spill.flush()]
+        return behind[0] if behind else None
+
+    def behind(self) -> bool:
+        """Whether some of it waits for room on the disk."""
+        return any(isinstance(s, Stream) and s.file and s.file.trouble for s in self._items)
 
     def pieces(self) -> list[Piece]:
         found: list[Piece] = []
@@ -269,7 +332,10 @@ class Outputs:
 
     def _clear(self) -> None:
         for file in self.files().values():
-            file.unlink(missing_ok=True)
+            try:
+                file.unlink(missing_ok=True)
+            except OSError:
+                continue  # a disk that takes nothing keeps an old file: no run names it any more
         self._items.clear()
         self._files.clear()
         self._clear_next = False

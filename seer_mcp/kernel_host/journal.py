@@ -1,8 +1,8 @@
 """The journal: every event once, numbered from 1, one JSON line each, on disk.
 
 Readers page through it from any number, so a slow reader costs no memory. When the disk is full,
-events wait in a small backlog; what does not fit there is counted and said in a `lost` event once
-the disk takes lines again.
+events wait in a small backlog, which readers get as well; bulk output that does not fit there is
+counted and said in a `lost` event, before the next event that is kept.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Journal:
     def append(self, event: dict[str, Any]) -> int:
         """Number `event`, keep it, and return its number."""
         self._flush()
-        if self._lost and not self._backlog:
+        # State changes are always kept; only bulk output is given up.
+        bulky = event["type"] in ("stream", "display", "result", "update")
+        if self._lost and not (self._backlog and bulky):
             lost, self._lost = self._lost, 0
-            self._keep({"type": "lost", "bytes": lost})
-        return self._keep(event)
+            self._keep({"type": "lost", "bytes": lost}, False)
+        return self._keep(event, bulky)
 
-    def _keep(self, event: dict[str, Any]) -> int:
+    def _keep(self, event: dict[str, Any], bulky: bool) -> int:
         line = (json.dumps({"n": self.last + 1, **event}, ensure_ascii=True) + "\n").encode("ascii")
         if self._backlog or not self._write(line):
-            # State changes are always kept; only bulk output is given up.
-            bulky = event["type"] in ("stream", "display", "result", "update")
             if bulky and self._backlog_bytes + len(line) > BACKLOG_BYTES:
                 self._lost += len(line)
                 return self.last

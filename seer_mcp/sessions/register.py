@@ -21,11 +21,19 @@ from typing import Any, TypeVar
 from ..backends import Backend, Place, Progress, open_backend
 from ..config import Config
 from ..environment import SandboxSpec
-from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, SeerError, show
+from ..errors import (
+    BadInput,
+    Conflict,
+    NotFound,
+    SandboxStartFailed,
+    SandboxUnreachable,
+    SeerError,
+    show,
+)
 from ..files import Lock, checked_name, clear_parts, private_dir, resolve_inside, write_json
 from ..ipynb import read_notebook
 from ..kernel_host.fault import fault_point
-from ..notebook import Notebook
+from ..notebook import Notebook, why_not
 from ..observe import Observer
 from ..packs import Packs
 from ..sharedfile import stamp
@@ -117,6 +125,9 @@ class Register:
         except asyncio.CancelledError:
             work.cancel()
             raise
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise SandboxStartFailed(f"{why_not(error)}{where}") from error
 
     def _own(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task that belongs to the register, not to the call that began it."""
@@ -176,15 +187,22 @@ class Register:
         seen = stamp(source) if source and not fork else None
         cells, metadata = read_notebook(source, as_copy=fork) if source else ([], None)
         path = source if source and not fork else self._new_folder(name)
-        notebook_lock = self._lock_notebook(path)
-        if notebook_lock is None:
-            raise Conflict(
-                f"The notebook {path} is open in another sandbox. Use that one (list_sandboxes), or open a copy "
-                "with fork=true."
-            )
-        state_dir = private_dir(self.config.state_dir / "sandboxes" / handle)
-        lock = Lock(state_dir / "lock")
-        lock.take()
+        state_dir = self.config.state_dir / "sandboxes" / handle
+        lock, notebook_lock = Lock(state_dir / "lock"), None
+        try:
+            notebook_lock = self._lock_notebook(path)
+            if notebook_lock is None:
+                raise Conflict(
+                    f"The notebook {path} is open in another sandbox. Use that one (list_sandboxes), or open a copy "
+                    "with fork=true."
+                )
+            private_dir(state_dir)
+            lock.take()
+        except BaseException:
+            release(notebook_lock)
+            shutil.rmtree(state_dir, ignore_errors=True)
+            self._remove_if_empty(path, source)
+            raise
         fault_point("start.locked")
         document = Notebook(path, cells, metadata, seen)
         document.hold()  # a sandbox that does not start leaves the file as it was
@@ -221,6 +239,7 @@ class Register:
                 await session.terminate("it did not start")
             session.release()
             shutil.rmtree(state_dir, ignore_errors=True)
+            shutil.rmtree(self._runtime_dir(handle), ignore_errors=True)
             self._remove_if_empty(path, source)
             raise
         self._watch(session)
@@ -446,7 +465,16 @@ class Register:
     def _ended(self, session: Session) -> None:
         """The record stays for a while, so that the handle can be asked about; the rest goes."""
         self._note("ended", session)
-        write_json(session.state_dir / "record.json", session.record())
+        try:
+            write_json(session.state_dir / "record.json", session.record())
+        except OSError:  # the disk is full: what goes makes room
+            clear_ended(session.state_dir)
+            try:
+                write_json(session.state_dir / "record.json", session.record())
+            except OSError as error:
+                session.notebook.notices.append(
+                    f"that {session.handle} has ended could not be noted ({why_not(error)}); the next server finds out"
+                )
         fault_point("stop.recorded")
         clear_ended(session.state_dir)
 

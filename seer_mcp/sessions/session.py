@@ -33,6 +33,7 @@ from .record import sealed
 Heartbeat = Callable[[str], Awaitable[None]]
 HEARTBEAT_SECONDS = 5.0
 INTERRUPT_SECONDS = 5.0
+SAVE_AGAIN_SECONDS = 2.0
 FILE_PIECE = 2_000_000
 SLICE = 0.02  # seconds of folding after which other tasks get a turn
 
@@ -313,10 +314,23 @@ class Session:
         await self._save_quietly(last=True)
         if self._saver is not None:
             self._saver.cancel()
-        if self.notebook_lock is not None:
+        saved = self.notebook.trouble is None
+        if self.notebook_lock is not None and saved:
             self.notebook_lock.release()  # the next sandbox may open it at once, as our answers say
         if self._sandbox is not None:
             await self._sandbox.terminate()  # also what a killed host left behind
+        if saved:
+            self._end_for_good()
+        else:  # the record says that it lives, and the journal stays: the next server could finish
+            self._own(self._end_once_saved())
+
+    async def _end_once_saved(self) -> None:
+        while self.notebook.trouble is not None:
+            await asyncio.sleep(SAVE_AGAIN_SECONDS)
+            await self._save_quietly(last=True)
+        self._end_for_good()
+
+    def _end_for_good(self) -> None:
         self.release()
         fault_point("stop.saved")
         self.on_end(self)
@@ -375,6 +389,7 @@ class Session:
                 lambda i: self.notebook.outputs_dir / f"{id}-{i}.txt"
             )
             run.outputs.fold(event)
+            self.notebook.look_after(f"command {id}", run.outputs)
         self.on_change(self, cell.id if cell else "")
 
     # -- runs ---------------------------------------------------------------------------------

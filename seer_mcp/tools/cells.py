@@ -13,7 +13,7 @@ from ..errors import BadInput
 from ..notebook import Cell
 from ..render import Answer
 from ..sessions import Register, Session
-from .answers import call, of_runs
+from .answers import call, notes, of_runs
 from .seam import Seconds, heartbeat, owner, tool
 
 SOURCE_CHARACTERS = 1_000_000
@@ -84,9 +84,9 @@ def tools(register: Register) -> list[Tool]:
             f" Next: {call('run_cell', sandbox=sandbox, cells=cell.id)}." if type == "code" else ""
         )
         return Answer(
-            f"cell {cell.id}: {type} cell written, not run.{following}"
+            f"cell {cell.id}: {type} cell written, not run.{following}{notes(session)}"
             if type == "code"
-            else f"cell {cell.id}: markdown cell written.",
+            else f"cell {cell.id}: markdown cell written.{notes(session)}",
             meta={"cell": cell.id, "notebook": str(session.notebook.path)},
         ).result()
 
@@ -127,7 +127,7 @@ def tools(register: Register) -> list[Tool]:
         await session.save()
         kept = " Its outputs are those of the old source." if target.data.get("outputs") else ""
         return Answer(
-            f"cell {target.id}: changed, not run.{kept}", meta={"cell": target.id}
+            f"cell {target.id}: changed, not run.{kept}{notes(session)}", meta={"cell": target.id}
         ).result()
 
     async def delete_cell(sandbox: str, cell: str) -> CallToolResult:
@@ -137,7 +137,7 @@ def tools(register: Register) -> list[Tool]:
         session.notebook.delete(target)
         await session.save()
         return Answer(
-            f"cell {target.id}: deleted. Its source was:\n{target.source[:2000]}",
+            f"cell {target.id}: deleted.{notes(session)} Its source was:\n{target.source[:2000]}",
             meta={"cell": target.id},
         ).result()
 
@@ -149,7 +149,7 @@ def tools(register: Register) -> list[Tool]:
         await session.save()
         position = session.notebook.index(target) + 1
         return Answer(
-            f"cell {target.id}: now number {position} of {len(session.notebook.cells)}.",
+            f"cell {target.id}: now number {position} of {len(session.notebook.cells)}.{notes(session)}",
             meta={"cell": target.id},
         ).result()
 

@@ -34,7 +34,7 @@ def sandbox_meta(session: Session) -> dict[str, Any]:
 async def described(session: Session) -> str:
     """A sandbox in two lines: state, and where its notebook is."""
     if session.ended is not None:
-        return f"{session.handle}: ended ({session.ended})\n    notebook {session.notebook.path}"
+        return f"{session.handle}: ended ({session.ended})\n    notebook {session.notebook.path}{notes(session)}"
     try:
         status = await session.status()
     except SandboxUnreachable as error:
@@ -46,8 +46,7 @@ async def described(session: Session) -> str:
     left = ""
     if status["idle_limit"] and not busy:
         left = f"; ends itself after {seconds(status['idle_limit'] - status['idle_for'])} more without use"
-    limits = status["limits"]
-    if limits["memory"]:
+    if (limits := status.get("limits")) and limits["memory"]:
         busy += f"; memory limit {limits['memory']} MiB ({limits['means']})"
     up = seconds(time.time() - session.created)
     return (
