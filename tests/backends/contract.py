@@ -120,12 +120,16 @@ class Box:
         self.record = sandbox.record()
         self.events: list[Event] = []
         self.gone: str | None = None
-        self.link = Link(sandbox.dial, 1, self.events.append, self._is_gone, self._lost)
+        self.damage: list[tuple[int, int]] = []  # lines and bytes that made no sense
+        self.link = Link(sandbox.dial, 1, self.events.append, self._hurt, self._is_gone, self._lost)
         self.link.open()
 
     async def _is_gone(self) -> str | None:
         found = await self.harness.backend.find(self.record)
         return None if found is not None else "its host is gone"
+
+    def _hurt(self, lines: int, size: int) -> None:
+        self.damage.append((lines, size))
 
     def _lost(self, why: str) -> None:
         self.gone = why
@@ -237,6 +241,7 @@ class Bench:
     async def close(self) -> None:
         for box in self.started:
             await box.end()
+        assert [box.damage for box in self.started if box.damage] == []
 
     def needs(self, ability: str) -> None:
         if why := self.harness.lacks.get(ability):
@@ -494,7 +499,7 @@ async def a_line_that_breaks_again_and_again_loses_nothing(bench: Bench) -> None
     async def here() -> None:
         return None
 
-    link = Link(dial, start, heard.append, here, lambda why: None)
+    link = Link(dial, start, heard.append, box._hurt, here, lambda why: None)
     link.open()
     try:
         (id,) = await box.submit(
