@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import secrets
 import stat
@@ -122,14 +123,14 @@ def parse_notebook(
         nbformat.validate(data)
     except NotebookValidationError as error:
         raise NotebookUnreadable(
-            str(path), f"it is not a valid notebook: {str(error).splitlines()[0]}"
+            str(path), f"it is not a valid notebook: {_brief(str(error))}"
         ) from error
     except UnicodeEncodeError as error:
         raise NotebookUnreadable(
             str(path), "it has half of a character (a lone surrogate), which no file can hold"
         ) from error
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise NotebookUnreadable(str(path), f"it is not a valid notebook: {error!r}") from error
+        raise NotebookUnreadable(str(path), f"it is not a valid notebook: {_brief(repr(error))}") from error
     if "seer" in data["metadata"]:
         data["metadata"]["seer"] = _true_to_kind(data["metadata"]["seer"], DOCUMENT_FACTS)
     for cell in data["cells"]:
@@ -198,6 +199,12 @@ RUN_FACTS: dict[str, type] = {
 }
 
 
+def _brief(text: str) -> str:
+    """The first line of an error that quotes the file, which may be of any length."""
+    line = (text.splitlines() or [""])[0]
+    return line if len(line) <= 300 else f"{line[:300]} …"
+
+
 def nested_deeper(value: Any, depth: int) -> bool:
     """Whether there is something more than `depth` lists and objects inside one another."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -237,6 +244,7 @@ def _is_output_of(path: Path, name: str) -> bool:
     folder = path.with_name(f"{path.stem}.outputs")
     return (
         "\0" not in name
+        and len(os.fsencode(Path(name).name)) <= 255
         and path.parent / name == folder / Path(name).name
         and (path.parent / name).resolve() == path.parent.resolve() / folder.name / Path(name).name
     )

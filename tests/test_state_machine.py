@@ -339,6 +339,10 @@ class Machine(RuleBasedStateMachine):
         else:
             assert errors == expected.get(state, []), cell
 
+    def listed(self, box: Box) -> dict[str, Any]:
+        found = self.ok("list_sandboxes").meta["seer/sandboxes"]
+        return next(sandbox for sandbox in found if sandbox["handle"] == box.handle)
+
     def all_agree(self) -> None:
         listed = self.ok("list_sandboxes")
         found = {s["handle"]: s["ended"] is not None for s in listed.meta["seer/sandboxes"]}
@@ -573,7 +577,7 @@ class Machine(RuleBasedStateMachine):
         box.cut("kernel_died")
         box.log, box.dead = [], True
         end = time.monotonic() + HANG
-        while "kernel dead" not in text_of(self.ok("list_sandboxes")):
+        while self.listed(box)["kernel"] != "dead":
             assert time.monotonic() < end, "the death of the kernel is not noticed"
         self.settle(box)
         self.agree(box)
@@ -598,10 +602,7 @@ class Machine(RuleBasedStateMachine):
         if server_too:
             self.server = Server(self.ground, self.portal)
         end = time.monotonic() + HANG
-        while not any(
-            s["handle"] == box.handle and s["ended"] is not None
-            for s in self.ok("list_sandboxes").meta["seer/sandboxes"]
-        ):
+        while self.listed(box)["ended"] is None:
             assert time.monotonic() < end, "the death of the host is not noticed"
         self.over(box, "sandbox_lost")
         self.all_agree()

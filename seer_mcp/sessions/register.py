@@ -449,13 +449,13 @@ class Register:
 
     def _forget_cut_off(self, folder: Path) -> str | None:
         """Remove the folder of a start that was cut off before its record: nothing of it runs."""
+        if (folder / "host.json").exists():  # which comes after the record: something may run
+            return f"{folder.name}: its record is missing. `seer-mcp doctor --fix` writes it anew if it runs."
         try:
             if time.time() - folder.stat().st_mtime < CUT_OFF_SECONDS:
                 return None  # perhaps another server is about to write the record
         except OSError:
             return None
-        if (folder / "host.json").exists():  # it had a record: something may run
-            return f"{folder.name}: its record is missing. `seer-mcp doctor --fix` writes it anew if it runs."
         lock = Lock(folder / "lock")
         if lock.take():
             shutil.rmtree(folder, ignore_errors=True)
