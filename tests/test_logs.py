@@ -514,6 +514,24 @@ def test_no_source_output_or_secret_is_on_stderr_at_debug_level(tmp_path: Path) 
             assert SOURCE not in text and OUTPUT not in text and SECRET not in text
 
 
+def test_libraries_say_no_more_than_warnings_and_no_text_of_an_exception() -> None:
+    code = (
+        "import logging, sys; from seer_mcp.logs import LOGGER, drain_stderr, log_to_stderr\n"
+        "log_to_stderr('debug'); library = logging.getLogger('mcp.server')\n"
+        "library.debug('got canary'); library.info('got canary'); library.warning('careful')\n"
+        "LOGGER.debug('ours')\n"
+        "try: raise ValueError('canary')\n"
+        "except ValueError: library.exception('it failed')\n"
+        "drain_stderr()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second, third, places = done.stderr.splitlines()
+    assert first.endswith("WARNING mcp.server: careful")
+    assert second.endswith("DEBUG seer_mcp: ours")
+    assert third.endswith("ERROR mcp.server: it failed")
+    assert places == "ValueError at <string>:5"
+
+
 def test_stderr_is_quiet_unless_asked(tmp_path: Path) -> None:
     with ground(tmp_path) as here:
         with raw_server(here) as server:
