@@ -36,7 +36,7 @@ from .serving import Broken, Caller, ServerProcess, memory_of, meta, request, te
 from .work import BODIES, ENDLESS, Planned, Verdict, cells_by_run, notebook_at, verdict
 
 UNFINISHED = ("queued", "running")
-OF_CELLS = [kind for kind in BODIES if kind != "plain"]
+OF_CELLS = [kind for kind in BODIES if kind not in ("plain", "long")]
 OF_SURROUNDINGS = ["kernel killed", "server killed", "server stopped", "line cut"]
 FAULTS = [*OF_CELLS, *OF_SURROUNDINGS]
 QUIET_SHARE = 0.4  # of the whole time, at its end: the server is not killed, its memory is watched
@@ -177,13 +177,13 @@ class Worker:
     async def one(self, kind: str) -> None:
         soak = self.soak
         number = soak.next_number()
-        long = kind in ("cancel", "client killed")
+        long = kind in ("long", "cancel", "client killed")
         run = Planned(
             number,
             self.name,
             kind,
             soak.truth / str(number),
-            lines=60 if long else soak.chance.randrange(1, 40),
+            lines=100 if long else soak.chance.randrange(1, 40),
             pause=0.03 if long else soak.chance.choice((0.0, 0.002, 0.03)),
         )
         now = time.monotonic()
@@ -195,7 +195,7 @@ class Worker:
         finally:
             self.current = None
         soak.done += 1
-        if kind != "plain":
+        if kind in FAULTS:
             soak.report.faults[kind] += 1
 
     async def carried_out(self, run: Planned) -> None:
@@ -493,6 +493,7 @@ class Soak:
             if kind == "kernel killed":
                 done = await self.kill_kernel(worker)
             elif kind == "server killed":
+                await self.in_the_middle(worker)
                 await self.replaced()
             elif kind == "server stopped":
                 os.kill(self.server.pid, signal.SIGSTOP)
@@ -509,11 +510,19 @@ class Soak:
         open_ones = [relay for relay in self.relays.values() if relay.connections]
         return bool(open_ones) and self.chance.choice(open_ones).cut() > 0
 
+    async def in_the_middle(self, worker: Worker) -> None:
+        """Wait until a cell of the worker has printed for so long that a part of it is saved."""
+        worker.orders.appendleft("long")
+        end = time.monotonic() + 15
+        while time.monotonic() < end:
+            run = worker.current
+            if run and run.kind == "long" and len(run.said()) > 40:
+                return
+            await asyncio.sleep(0.02)
+
     async def kill_kernel(self, worker: Worker) -> bool:
-        """SIGKILL, in the middle of a cell if one can be had soon; whether there was a kernel."""
-        end = time.monotonic() + 3
-        while time.monotonic() < end and not (worker.current and worker.current.truth.exists()):
-            await asyncio.sleep(0.01)
+        """SIGKILL; whether there was a kernel."""
+        await self.in_the_middle(worker)
         for process in processes_of(worker.handle):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if any(part.endswith("launch.py") for part in process.cmdline()):

@@ -37,6 +37,7 @@ SOME = "for i in range({lines}):\n    _say(i)\n    time.sleep({pause})"
 
 BODIES = {
     "plain": SOME,
+    "long": SOME,
     "cancel": SOME,
     "client killed": SOME,
     "exit": "for i in range(10):\n    _say(i)\nos._exit(7)",
