@@ -52,6 +52,18 @@ DEPTH = (
 )
 
 
+# What nbformat raises for a file that breaks its rules in a way that it does not expect.
+INVALID = (
+    AssertionError,
+    AttributeError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
 def new_id() -> str:
     return secrets.token_hex(4)
 
@@ -99,6 +111,8 @@ def parse_notebook(
         ) from error
     if not isinstance(data, dict) or type(data.get("nbformat")) is not int:
         raise NotebookUnreadable(str(path), "it is JSON but not a notebook (no nbformat number)")
+    if type(data.get("nbformat_minor", 0)) is not int:
+        raise NotebookUnreadable(str(path), "its nbformat_minor is not a whole number")
     if data["nbformat"] < 4:
         if not as_copy:
             raise NotebookUnreadable(
@@ -129,8 +143,10 @@ def parse_notebook(
         raise NotebookUnreadable(
             str(path), "it has half of a character (a lone surrogate), which no file can hold"
         ) from error
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise NotebookUnreadable(str(path), f"it is not a valid notebook: {_brief(repr(error))}") from error
+    except INVALID as error:
+        raise NotebookUnreadable(
+            str(path), f"it is not a valid notebook: {_brief(repr(error))}"
+        ) from error
     if "seer" in data["metadata"]:
         data["metadata"]["seer"] = _true_to_kind(data["metadata"]["seer"], DOCUMENT_FACTS)
     for cell in data["cells"]:

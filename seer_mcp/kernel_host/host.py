@@ -357,11 +357,16 @@ class Host:
     # -- runs ---------------------------------------------------------------------------------
 
     def _enqueue(self, runs: List[Dict[str, str]], stop_on_error: bool) -> List[Dict[str, Any]]:
+        for item in runs:  # all of them before the first begins
+            of_type(str, item["run"])
+            of_type(str, item["code"])
         new = [r for r in runs if r["run"] not in self.runs]
         if new and self.kernel_state in ("dead", "failed"):
             raise Refused("kernel_" + self.kernel_state, self.how)
         group = runs[0]["run"] if runs else ""
         for item in new:
+            if item["run"] in self.runs:
+                continue  # named twice in this request
             run = Run(item["run"], "cell", item["code"], group, stop_on_error)
             self.runs[run.id] = run
             self.queue.append(run)
@@ -505,17 +510,18 @@ class Host:
                 line = await reader.readline()
                 if not line.endswith(b"\n"):
                     return
-                request = json.loads(line)
-                if request["op"] == "subscribe":
+                request = of_type(dict, json.loads(line))
+                if of_type(str, request["op"]) == "subscribe":
+                    start = of_type(int, request["from"])
                     if follower:
                         follower.cancel()
                     self._answer(writer, request, {"last": self.journal.last})
-                    follower = asyncio.ensure_future(self._follow(writer, request["from"]))
+                    follower = asyncio.ensure_future(self._follow(writer, start))
                     continue
                 task = asyncio.ensure_future(self._serve_one(writer, request))
                 pending.add(task)
                 task.add_done_callback(pending.discard)
-        except (ConnectionError, ValueError, KeyError) as error:
+        except (ConnectionError, KeyError, RecursionError, TypeError, ValueError) as error:
             # Gone, or not speaking our language: nothing of ours depends on it.
             print("client dropped: %r" % error, file=sys.stderr)
         finally:
@@ -610,10 +616,10 @@ class Host:
         return {"kernel": self.kernel_state, "how": self.how, "stderr": self.stderr}
 
     async def op_command(self, request: Event) -> Event:
-        id = request["run"]
+        id, command = of_type(str, request["run"]), of_type(str, request["command"])
         if id not in self.runs:
             self.runs[id] = Run(id, "command", "", id, False)
-            await self.commands.start(id, request["command"])
+            await self.commands.start(id, command)
         return {"runs": [self._described(self.runs[id])]}
 
     async def op_read_file(self, request: Event) -> Event:

@@ -364,9 +364,7 @@ class Register:
             return await self._take_over(folder, locks)
         except (*DAMAGE, TypeError, ValueError) as error:
             release(*locks)
-            return (
-                f"{folder.name}: it cannot be taken over ({error!r}). `seer-mcp doctor` shows more."
-            )
+            return f"{folder.name}: it cannot be taken over ({brief(error)}). `seer-mcp doctor` shows more."
 
     async def _take_over(self, folder: Path, locks: list[Lock]) -> str | None:
         lock = Lock(folder / "lock")
@@ -382,7 +380,7 @@ class Register:
         except (*DAMAGE, TypeError, ValueError) as error:
             lock.release()
             return (
-                f"{folder.name}: its record cannot be used ({error!r}). `seer-mcp doctor --fix` writes it anew if "
+                f"{folder.name}: its record cannot be used ({brief(error)}). `seer-mcp doctor --fix` writes it anew if "
                 f"the sandbox runs; else remove {folder}."
             )
         if held:
@@ -431,7 +429,7 @@ class Register:
             return f"{handle}: {error}"
         except (SeerError, KeyError, TypeError, ValueError) as error:
             release(lock, notebook_lock)
-            return f"{handle}: its record names no sandbox ({error!r}); remove {folder} when nothing of it runs."
+            return f"{handle}: its record names no sandbox ({brief(error)}); remove {folder} when nothing of it runs."
         fault_point("find.found")
         if sandbox is None:
             if sandbox_record:
@@ -492,6 +490,12 @@ def clear_ended(folder: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         elif entry.name not in ("record.json", "lock"):
             entry.unlink(missing_ok=True)
+
+
+def brief(error: Exception) -> str:
+    """An error in a few words; some quote the whole file."""
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= 300 else f"{text[:300]} …"
 
 
 def release(*locks: Lock | None) -> None:
