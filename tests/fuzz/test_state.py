@@ -21,9 +21,9 @@ from seer_mcp.errors import SeerError
 from seer_mcp.http import checked_token, kept_token
 from seer_mcp.packs import Packs
 from seer_mcp.server import build_server
-from seer_mcp.sessions import Register
+from seer_mcp.sessions import Register, register
 
-from ..faults.ground import Ground, ground
+from ..faults.ground import Ground, ground, raw_server, raw_start
 from ..faults.stub_kernel import stub_python
 from ..support import Lab, processes_of
 from .mutate import cases, damaged, put_strange, remove, report
@@ -37,6 +37,15 @@ FILES = ("record.json", "record.json", "record.json", "host.json", "lock", "lock
 async def server(place: Ground, config: Config) -> AsyncIterator[Lab]:
     async with Client(build_server(config)) as client:
         yield Lab(client, place.folder)
+
+
+def begun(place: Ground, *names: str) -> list[str]:
+    """Sandboxes whose server was killed; each has run a cell."""
+    with raw_server(place, "--python", str(stub_python(place.folder))) as first:
+        handles = [raw_start(first, name=name) for name in names]
+        for handle in handles:
+            first.call("create_cell", sandbox=handle, source="before")
+    return handles
 
 
 def damage(random: Random, state: Path, victim: str) -> str:
@@ -83,10 +92,7 @@ async def fuzz(folder: Path, count: int) -> Counter[str]:
     found: Counter[str] = Counter()
     with ground(folder) as place:
         config = place.config(on_exit="keep", python=str(stub_python(folder)))
-        async with server(place, config) as lab:
-            good, victim = await lab.start(name="good"), await lab.start(name="victim")
-            for handle in (good, victim):
-                await lab.cell(handle, "before")
+        good, victim = begun(place, "good", "victim")
         state = config.state_dir
         kept_token(state)
         pids = {h: {p.pid for p in processes_of(h)} for h in (good, victim)}
@@ -155,3 +161,31 @@ async def test_damaged_state_is_named_and_hides_nothing(tmp_path: Path) -> None:
 async def test_a_thousand_damaged_states(tmp_path: Path) -> None:
     found = await fuzz(tmp_path, 1000)
     report("state files", {"cases": found.total(), **found, "failures": 0})
+
+
+async def test_a_host_that_hangs_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new server finds the others, says which one does not answer, and takes it on when it wakes."""
+    monkeypatch.setattr(register, "FOLLOW_SECONDS", 1.0)
+    with ground(tmp_path) as place:
+        config = place.config(on_exit="keep", python=str(stub_python(tmp_path)))
+        good, hung = begun(place, "good", "hung")
+        host = min(processes_of(hung), key=lambda p: p.create_time())
+        host.suspend()
+        try:
+            async with server(place, config) as lab:
+                began = time.monotonic()
+                assert "complete" in await lab.ok("create_cell", sandbox=good, source="after")
+                assert "gave no answer" in await lab.ok("list_sandboxes")
+                assert time.monotonic() - began < HANG
+                host.resume()
+                async with asyncio.timeout(HANG):
+                    while f"{hung}: local" not in await lab.ok("list_sandboxes"):
+                        await asyncio.sleep(0.1)
+                assert "complete" in await lab.ok("create_cell", sandbox=hung, source="after")
+                for handle in (good, hung):
+                    await lab.ok("stop_sandbox", sandbox=handle)
+        finally:
+            if host.is_running():
+                host.resume()
