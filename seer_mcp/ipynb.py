@@ -129,7 +129,7 @@ def parse_notebook(
         for cell in data["cells"]:
             if data.get("nbformat_minor", 0) < 5:
                 cell.setdefault("id", new_id())
-        data["nbformat_minor"] = max(5, data.get("nbformat_minor", 0))
+        data["nbformat_minor"] = 5  # as it will be written: what that cannot hold is refused
         _unique_ids(path, data["cells"], as_copy)
         if nested_deeper(data, DEPTH):
             raise NotebookUnreadable(str(path), f"it is nested deeper than {DEPTH} levels")

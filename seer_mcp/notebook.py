@@ -48,7 +48,8 @@ class Cell:
     def __init__(self, data: dict[str, Any], notebook: Notebook) -> None:
         self.data = data
         self.outputs: Outputs | None = None
-        self._since: int | None = None  # from which event on its last run can be folded again
+        self.since: int | None = None
+        """From behind which event on its last run can be folded again, if it began in this sandbox."""
         self._notebook = notebook
         self._text: str | None = None
         self._face: Face | None = None
@@ -112,7 +113,7 @@ class Cell:
         self.data["outputs"] = []
         self.data["execution_count"] = None
         self.data["metadata"].pop("seer", None)
-        self._since = since
+        self.since = since
         self.note(run=run, state="queued", since=since)
 
     def json(self) -> str:
@@ -139,9 +140,9 @@ class Cell:
 
         If this server ends before there is room, the next one then folds the run again.
         """
-        if self.outputs is None or self._since is None or not self.outputs.behind():
+        if self.outputs is None or self.since is None or not self.outputs.behind():
             return self.data
-        noted = {**self.seer, "state": "running", "since": self._since}
+        noted = {**self.seer, "state": "running", "since": self.since}
         return {**self.data, "metadata": {**self.data["metadata"], "seer": noted}}
 
 
@@ -329,7 +330,9 @@ class Notebook:
         start = self.folded + 1
         for cell in self.cells:
             if cell.state in UNFINISHED:
-                start = min(start, cell.seer.get("since", self.folded) + 1)
+                since: int = cell.seer.get("since", self.folded)
+                cell.since = since
+                start = min(start, since + 1)
                 cell.data["outputs"] = []
                 cell.outputs = None
                 cell.note(state="queued", files=None)
@@ -437,9 +440,7 @@ class Notebook:
             try:
                 if await self._take_in(patient=True):
                     wanted = self._version
-            except (
-                OSError
-            ) as error:  # what they saved could not be kept: so nothing is written over it
+            except OSError as error:  # what they saved could not be kept: write nothing over it
                 raise self._not_saved(error) from error
             for _ in range(MERGES):
                 if self._saved_version >= wanted:
@@ -579,9 +580,7 @@ class Notebook:
     async def _parsed(self, raw: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         if not raw.rstrip().endswith(b"}"):
             raise NotebookUnreadable(str(self.path), "it is cut off")
-        if len(raw) > THREAD_ABOVE:
-            return await asyncio.to_thread(parse_notebook, raw, self.path, as_copy=True)
-        return parse_notebook(raw, self.path, as_copy=True)
+        return await asyncio.to_thread(parse_notebook, raw, self.path, as_copy=True)
 
     def _give_up(self, now: Stamp | None, reason: str) -> None:
         """What is in place is no notebook: say so, and write ours again."""

@@ -805,3 +805,117 @@ async def test_n04_git_checkout_of_an_older_version_is_said(book: Notebook, tmp_
     await book.save()
     assert sources(book.path) == ["print('one')", "print('two, edited')", "the agent's new cell"]
     assert "an older version" in book.notices[-1]
+
+
+# -- the other way ----------------------------------------------------------------------------
+
+
+async def test_n04_an_open_jupyterlab_sees_our_saves_as_changes_of_the_file(
+    lab: Lab, jupyter: JupyterServer
+) -> None:
+    handle = await lab.start()
+    path = await lab.notebook_path(handle)
+    link = jupyter.root / f"project-{handle}"
+    link.symlink_to(path.parent)
+    seen = link / path.name
+    models = [jupyter.get(seen)]
+    for number, code in enumerate(
+        ("print('one')", "1/0", "display({'text/html': '<b>x</b>'}, raw=True)")
+    ):
+        await lab.cell(handle, code)
+        model = jupyter.get(seen)
+        assert model["format"] == "json" and "message" not in model, "not a valid notebook to it"
+        assert model["last_modified"] > models[-1]["last_modified"]
+        assert model["hash"] not in [earlier["hash"] for earlier in models]
+        assert [source(c) for c in model["content"]["cells"]][number] == code
+        models.append(model)
+    url = f"contents/{seen.relative_to(jupyter.root).as_posix()}/checkpoints"
+    checkpoint = jupyter.http.post(url)
+    assert checkpoint.status_code == 201, checkpoint.text
+    await lab.cell(handle, "# after the checkpoint")
+    restored = jupyter.http.post(f"{url}/{checkpoint.json()['id']}")
+    assert restored.status_code == 204, restored.text
+    text = await lab.ok("read_notebook", sandbox=handle)
+    assert "an older version" in text
+    await lab.ok("edit_cell", sandbox=handle, cell=(await first_cell(lab, handle)), source="# new")
+    assert sources(path)[-1] == "# after the checkpoint" and sources(path)[0] == "# new"
+    saved = jupyter.put(seen, {**jupyter.get(seen)["content"]})
+    assert saved["last_modified"] >= models[-1]["last_modified"]
+    assert "cells changed" not in await lab.ok("read_notebook", sandbox=handle)
+
+
+async def first_cell(lab: Lab, handle: str) -> str:
+    return read_cells_of(lab, await lab.call("read_notebook", sandbox=handle))[0]
+
+
+# -- where files cannot be exchanged ----------------------------------------------------------
+
+WITHOUT_EXCHANGE = """
+import ctypes, struct, sys
+libc = ctypes.CDLL(None, use_errno=True)
+RENAMEAT2, ENOSYS = 316, 38
+program = b"".join(struct.pack("HBBI", *line) for line in [
+    (0x20, 0, 0, 0),                    # the number of the system call
+    (0x15, 0, 1, RENAMEAT2),
+    (0x06, 0, 0, 0x00050000 | ENOSYS),  # fail
+    (0x06, 0, 0, 0x7FFF0000),           # allow
+])
+buffer = ctypes.create_string_buffer(program)
+filter = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.c_char_p(filter)) == 0
+
+import asyncio, json, os
+from pathlib import Path
+from seer_mcp.notebook import Notebook
+from seer_mcp.sharedfile import _exchange
+
+async def main():
+    path = Path(sys.argv[1])
+    book = Notebook(path)
+    book.insert("markdown", "the first")
+    await book.save()
+    (path.parent / "other").touch()
+    assert not _exchange(path, path.parent / "other"), "this system still exchanges"
+    os.unlink(path.parent / "other")
+
+    def edited(text):
+        theirs = json.loads(path.read_text())
+        theirs["cells"].append(
+            {"cell_type": "markdown", "id": text, "metadata": {}, "source": text}
+        )
+        return json.dumps(theirs)
+
+    path.write_text(edited("in-place"))
+    book.insert("markdown", "agent 1")
+    await book.save()
+    Path(f"{path}.new").write_text(edited("beside"))
+    os.rename(f"{path}.new", path)
+    book.insert("markdown", "agent 2")
+    await book.save()
+    with path.open("r+") as editor:
+        data = edited("late")
+        book.insert("markdown", "agent 3")
+        await book.save()
+        editor.truncate(0)
+        editor.write(data)
+    await book.close()
+    print(json.dumps(sorted(cell["source"][0] for cell in json.loads(path.read_text())["cells"])))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.uname().machine != "x86_64", reason="it numbers a system call"
+)
+def test_n04_edits_survive_where_files_cannot_be_exchanged(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXCHANGE, str(tmp_path / "a.ipynb")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    wanted = ["agent 1", "agent 2", "agent 3", "beside", "in-place", "late", "the first"]
+    assert json.loads(done.stdout) == wanted
+    assert os.listdir(tmp_path) == ["a.ipynb"]
