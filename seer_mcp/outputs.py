@@ -253,6 +253,8 @@ class Outputs:
     def update(self, event: Event) -> bool:
         """Replace the displays of the event's display_id; whether there were any."""
         found = False
+        if event.get("display_id") is None:
+            return False  # or it would be that of every display without an id
         for item in self._items:
             if isinstance(item, dict) and display_id(item) == event["display_id"]:
                 item["data"] = bundle(event["data"])

@@ -185,6 +185,10 @@ BROKEN: dict[str, Step] = {
         "say": "update_display_data",
         "content": {"data": {"text/plain": "7"}, "transient": "x"},
     },
+    "update of no display": {
+        "say": "update_display_data",
+        "content": {"data": {"text/plain": "7"}, "metadata": {}},
+    },
     "stream whose name is a number": {"say": "stream", "content": {"name": 5, "text": "x"}},
     "a kind nobody knows": {"say": "surprise", "content": {"x": 1}},
     "a kind that is no text": {"say": ["stream"], "content": {"name": "stdout", "text": "x"}},
@@ -297,6 +301,15 @@ async def test_k_output_goes_to_the_cell_that_it_names(box: tuple[Lab, str]) -> 
     assert earlier["metadata"]["seer"]["state"] == "complete", "what ended stays as it ended"
     assert earlier["metadata"]["seer"]["late"] == 2
     assert second != first
+
+
+async def test_k_an_update_without_an_id_changes_no_display(box: tuple[Lab, str]) -> None:
+    lab, handle = box
+    first, _, _ = await play(lab, handle, {"display": {"text/plain": "kept"}}, OK, IDLE)
+    update = {"data": {"text/plain": "another"}, "metadata": {}, "transient": {}}
+    await play(lab, handle, {"say": "update_display_data", "content": update}, OK, IDLE)
+    found = await saved(lab, handle, first)
+    assert [o["data"]["text/plain"] for o in found["outputs"]] == [["kept"]]
 
 
 async def test_k_output_after_idle_is_kept_where_it_belongs(box: tuple[Lab, str]) -> None:

@@ -112,12 +112,12 @@ def _value(random: Random, data: bytes) -> bytes:
 def _other(random: Random, value: Any) -> Any:
     """The value with something in it replaced, taken away or doubled."""
     if isinstance(value, dict) and value and random.random() < 0.9:
-        key = random.choice(list(value))
+        (key,) = random.choices(list(value), [nodes(v) for v in value.values()])
         if random.random() < 0.1:
             return {k: v for k, v in value.items() if k != key}
         return {**value, key: _other(random, value[key])}
     if isinstance(value, list) and value and random.random() < 0.9:
-        at = random.randrange(len(value))
+        (at,) = random.choices(range(len(value)), [nodes(v) for v in value])
         if random.random() < 0.15:
             return [*value[:at], value[at], *value[at:]]
         return [*value[:at], _other(random, value[at]), *value[at + 1 :]]
@@ -127,6 +127,13 @@ def _other(random: Random, value: Any) -> Any:
             deep = random.choice(([deep], {"x": deep}))
         return deep
     return random.choice(ODD)
+
+
+def nodes(value: Any) -> int:
+    """How much is in it, so that every part is as likely to be hit."""
+    if isinstance(value, dict):
+        return 1 + sum(map(nodes, value.values()))
+    return 1 + sum(map(nodes, value)) if isinstance(value, list) else 1
 
 
 WAYS: tuple[Callable[[Random, bytes], bytes], ...] = (
