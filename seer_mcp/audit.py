@@ -6,15 +6,18 @@ away at any time; the next line begins a new one. We never delete or shorten it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from .logs import Log, add_line, as_line, now, open_for_lines
 
 VALUE_CHARACTERS = 200
+TURNS, TURN_SECONDS = 50, 0.001
 TEXTS = frozenset(["source", "find", "replace", "command", "content", "question"])
 
 
@@ -38,6 +41,7 @@ class Audit:
         try:
             descriptor = open_for_lines(self.path)
             try:
+                take_turn(descriptor)
                 add_line(descriptor, lines)
             finally:
                 os.close(descriptor)
@@ -55,6 +59,16 @@ class Audit:
         """What was run: its hash and length, and its text up to the limit."""
         kept = text[: self._code_characters]
         return {**digest(text), "code": kept or None, "cut": len(kept) < len(text) or None}
+
+
+def take_turn(descriptor: int) -> None:
+    """Wait until no other server is just writing; not for ever, for it may have been stopped."""
+    for _ in range(TURNS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(TURN_SECONDS)
 
 
 def digest(text: str) -> dict[str, Any]:

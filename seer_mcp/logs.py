@@ -29,6 +29,7 @@ PART_BYTES = 4_000_000
 TOTAL_BYTES = 64_000_000
 FILES = 200
 STDERR_LINES = 2000
+DRAIN_SECONDS = 0.5
 
 
 def open_for_lines(path: Path) -> int:
@@ -38,7 +39,10 @@ def open_for_lines(path: Path) -> int:
 
 
 def add_line(descriptor: int, line: bytes) -> None:
-    """Append one line with one write. Raises OSError, also if the disk took only a part of it."""
+    """Append one line with one write. Raises OSError, also if the disk took only a part of it.
+
+    Who shares the file takes turns: another's write is seen page by page.
+    """
     size = os.fstat(descriptor).st_size
     if size and os.pread(descriptor, 1, size - 1) != b"\n":
         line = b"\n" + line  # an earlier line was cut short: this one must not stick to it
@@ -244,8 +248,9 @@ class Stderr(logging.Handler):
             finally:
                 self._queue.task_done()
 
-    def drain(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
+    def flush(self) -> None:
+        """Wait until what was said is written, if somebody reads; also called when Python ends."""
+        end = time.monotonic() + DRAIN_SECONDS
         while self._queue.unfinished_tasks and time.monotonic() < end:
             time.sleep(0.005)
 
@@ -259,8 +264,8 @@ def log_to_stderr(level: str) -> None:
     LOGGER.setLevel(level.upper())
 
 
-def drain_stderr(seconds: float = 0.5) -> None:
-    """Before the process ends without clean-up: what was said is written, if somebody reads."""
+def drain_stderr() -> None:
+    """Before the process ends without clean-up."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, Stderr):
-            handler.drain(seconds)
+            handler.flush()

@@ -439,6 +439,19 @@ def test_several_servers_add_to_one_audit_file(tmp_path: Path) -> None:
         assert [x["number"] for x in lines if x["server"] == str(n)] == list(range(400))
 
 
+def test_a_server_that_was_stopped_in_the_middle_of_a_line_holds_no_other_up(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    audit = Audit(path, "x", 10, Log(tmp_path / "logs", "x"))
+    with path.open("a") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        began = time.monotonic()
+        assert audit.add("line") == ""
+        assert time.monotonic() - began < 5
+    assert [line["event"] for line in lines_of(path)] == ["line"]
+
+
 def test_the_audit_file_may_be_moved_away_and_is_no_link(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     audit = Audit(path, "x", 10, Log(tmp_path / "logs", "x"))
@@ -516,13 +529,12 @@ def test_no_source_output_or_secret_is_on_stderr_at_debug_level(tmp_path: Path) 
 
 def test_libraries_say_no_more_than_warnings_and_no_text_of_an_exception() -> None:
     code = (
-        "import logging, sys; from seer_mcp.logs import LOGGER, drain_stderr, log_to_stderr\n"
+        "import logging, sys; from seer_mcp.logs import LOGGER, log_to_stderr\n"
         "log_to_stderr('debug'); library = logging.getLogger('mcp.server')\n"
         "library.debug('got canary'); library.info('got canary'); library.warning('careful')\n"
         "LOGGER.debug('ours')\n"
         "try: raise ValueError('canary')\n"
-        "except ValueError: library.exception('it failed')\n"
-        "drain_stderr()"
+        "except ValueError: library.exception('it failed')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, second, third, places = done.stderr.splitlines()

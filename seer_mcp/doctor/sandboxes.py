@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from ..files import Lock, private_dir, write_json
 from ..logs import held
 from ..packs import Packs
 from ..sessions import Register
-from ..sessions.record import intact
+from ..sessions.record import read_record, sealed
 from ..sessions.register import FORGET_SECONDS
 from .findings import Finding, Fix, Patient, fail, ok, warn
 from .places import shortly
@@ -106,19 +105,19 @@ class Kept:
         return self.running is not None and bool(self.running["pid"])
 
 
-def read_record(folder: Path) -> tuple[dict[str, Any] | None, str]:
+def usable(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """A record with all that a server needs of it, or None and why."""
     try:
-        record = json.loads((folder / "record.json").read_text())
+        record = read_record(folder)
         missing = [key for key in NEEDED if key not in record]
         float(record["created"])
-        if not intact(record):
-            return None, "it was changed or damaged since it was written"
         return (None, f"it lacks {', '.join(missing)}") if missing else (record, "")
     except FileNotFoundError:
         return None, "there is none"
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        return None, f"{type(error).__name__}"
+    except KeyError as error:
+        return None, f"it lacks {error}"
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return None, str(error)
 
 
 async def running(patient: Patient) -> dict[str, Record]:
@@ -132,7 +131,7 @@ async def kept(patient: Patient) -> list[Kept]:
     live = await running(patient)
     folder = patient.config.state_dir / "sandboxes"
     folders = sorted(path for path in folder.glob("*") if path.is_dir())
-    return [Kept(path, *read_record(path), live.get(path.name)) for path in folders]
+    return [Kept(path, *usable(path), live.get(path.name)) for path in folders]
 
 
 async def records(patient: Patient) -> list[Finding]:
@@ -200,7 +199,7 @@ def settle(patient: Patient, folder: Path) -> Fix:
             note = await register.settle(folder)
         finally:
             await register.close()
-        record, _ = read_record(folder)
+        record, _ = usable(folder)
         if note is None and record is not None and record["ended"] is not None:
             return (
                 f"noted that {folder.name} has ended; its notebook {record['notebook']} is complete"
@@ -244,19 +243,17 @@ def rebuild(one: Kept) -> Fix:
         lock = Lock(one.folder / "lock")
         if not lock.take():
             return f"left {one.folder.name}: a server holds it"
-        write_json(
-            one.folder / "record.json",
-            {
-                "handle": one.folder.name,
-                "name": one.folder.name.rsplit("-", 1)[0],
-                "owner": config.get("owner", "local"),
-                "backend": "local",
-                "notebook": notebook,
-                "created": one.running["started"],
-                "ended": None,
-                "sandbox": one.running,
-            },
-        )
+        record = {
+            "handle": one.folder.name,
+            "name": one.folder.name.rsplit("-", 1)[0],
+            "owner": config.get("owner", "local"),
+            "backend": "local",
+            "notebook": notebook,
+            "created": one.running["started"],
+            "ended": None,
+            "sandbox": one.running,
+        }
+        write_json(one.folder / "record.json", sealed(record))
         lock.release()
         return f"wrote the record of {one.folder.name} anew: the next server finds it again"
 
@@ -286,7 +283,7 @@ async def processes(patient: Patient) -> list[Finding]:
     live = await running(patient)
     for handle, record in live.items():
         folder = patient.config.state_dir / "sandboxes" / handle
-        told, why = read_record(folder)
+        told, why = usable(folder)
         host = int(record["pid"])
         if told is not None and told["ended"] is None and (host or not await gone(patient, told)):
             continue
