@@ -33,7 +33,7 @@ from seer_mcp.audit import Audit
 from seer_mcp.logs import Log, prune
 from seer_mcp.observe import Observer, current_call
 
-from .faults.ground import ground, raw_server, raw_start
+from .faults.ground import ERAS, TOKEN, ground, http_server, raw_server, raw_start
 from .support import Lab, open_lab, stdio_parameters, until
 
 SOURCE, OUTPUT, SECRET = "canary_in_source", "CANARY-PUT-OUT", "canary-of-the-environment"
@@ -509,6 +509,20 @@ def test_a_killed_server_leaves_an_audit_of_what_it_began(tmp_path: Path) -> Non
             ("found again", None),
             ("ended", "stopped by stop_sandbox"),
         ]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("era", ERAS)
+async def test_over_http_the_client_is_named_and_its_token_is_not(tmp_path: Path, era: str) -> None:
+    with ground(tmp_path) as here:
+        async with http_server(here.config()) as endpoint, endpoint.lab(era) as lab:
+            await lab.no("stop_sandbox", sandbox="nobody-000000")
+        (call,) = log_lines(tmp_path, "call")
+        (audited,) = audit_lines(tmp_path, "call")
+    assert call["client"] == audited["client"] and call["client"].startswith("mcp ")
+    assert call["owner"] == audited["owner"] == "local"
+    kept = [*(tmp_path / "state" / "logs").iterdir(), tmp_path / "state" / "audit.jsonl"]
+    assert not [path for path in kept if TOKEN in path.read_text()]
 
 
 def test_no_source_output_or_secret_is_on_stderr_at_debug_level(tmp_path: Path) -> None:
