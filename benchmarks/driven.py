@@ -158,8 +158,9 @@ async def seer(folder: Path) -> AsyncIterator[Seer]:
         env={**os.environ, "CLAUDE_PROJECT_DIR": str(folder)},
         cwd=str(folder),
     )
-    async with Client(server) as client:
-        yield Seer(client, folder)
+    with (folder / "server.log").open("ab") as log:
+        async with Client(stdio_client(server, errlog=log)) as client:  # type: ignore[arg-type]
+            yield Seer(client, folder)
 
 
 # -- jupyter-mcp-server -----------------------------------------------------------------------

@@ -655,6 +655,40 @@ def table(report: Report) -> str:
     return "\n".join([*lines, *report.left_over, *report.problems[:40]])
 
 
+def section(report: Report) -> str:
+    """The figures as a table of the docs."""
+    stretch = report.stretch
+    memory = [f"{stretch['rss'][when] / 2**20:.0f}" for when in ("warm", "end")]
+    counted = [
+        ("runs, faults", f"{report.runs:,}, {sum(report.faults.values())}"),
+        ("lines printed", f"{report.lines:,}"),
+        ("lines lost", f"{report.lost}"),
+        ("cells that ran twice", f"{report.twice}"),
+        ("states that are not true, and other problems", f"{len(report.problems)}"),
+        (
+            f"ten sandboxes found again by {len(report.found_again)} new servers, the slowest",
+            f"{max(report.found_again):.1f} s",
+        ),
+        (
+            f"memory of the server over {stretch['seconds'] / 60:.0f} minutes",
+            f"{memory[0]} -> {memory[1]} MiB ({stretch['growth']:+.1%}), beside "
+            f"{stretch['notebooks'] / 2**20:.1f} MiB of notebooks",
+        ),
+        ("its descriptors", arrow(stretch["descriptors"])),
+        ("its threads", arrow(stretch["threads"])),
+        ("processes and sockets left at the end", f"{len(report.left_over)}"),
+    ]
+    lines = ["| | found |", "| --- | --- |", *(f"| {what} | {n} |" for what, n in counted)]
+    faults = ", ".join(f"{n} {what}" for what, n in report.faults.most_common())
+    return "\n".join(
+        [*lines, "", f"{report.minutes:g} minutes, seed {report.seed}. Faults: {faults}."]
+    )
+
+
+def arrow(figure: dict[str, float]) -> str:
+    return f"{figure['warm']:.0f} -> {figure['end']:.0f}"
+
+
 async def soak(folder: Path, **options: Any) -> Report:
     """One soak in a folder of its own."""
     with ground(folder) as place:
@@ -669,6 +703,7 @@ def main() -> int:
     parser.add_argument("--sandboxes", type=int, default=10)
     parser.add_argument("--fault-every", type=float, default=10, metavar="SECONDS")
     parser.add_argument("--out", type=Path, default=Path("soak.json"))
+    parser.add_argument("--page", type=Path, help="replace the figures in this page of the docs")
     parser.add_argument("--keep", action="store_true", help="do not delete the folder of the soak")
     flags = parser.parse_args()
     runs = flags.runs or max(20, round(flags.minutes * 5000 / 30))
@@ -692,6 +727,10 @@ def main() -> int:
             shutil.rmtree(folder, ignore_errors=True)
     flags.out.write_text(json.dumps(report.as_json(), indent=1) + "\n")
     sys.stdout.write(table(report) + "\n")
+    if flags.page:
+        from benchmarks.page import machine, replace_section
+
+        replace_section(flags.page, "soak", f"{section(report)}\n\n{machine()}.")
     return 1 if report.lost or report.twice or report.problems or report.left_over else 0
 
 
