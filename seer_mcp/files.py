@@ -143,9 +143,10 @@ class Lock:
 
 
 def writable(folder: Path) -> bool:
-    """Whether a folder can be made and written to."""
+    """Whether a folder can be written to, or made. Leaves nothing behind."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError:

@@ -109,6 +109,20 @@ def test_a_sound_machine_passes_with_a_real_kernel(here: Ground) -> None:
     assert not (here.folder / "state").exists(), "a look leaves no state behind"
 
 
+def test_a_look_leaves_nothing_in_the_folder_it_is_called_from(here: Ground) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "seer_mcp.cli", "doctor"),
+            *("--only", "writing", "--state", str(here.folder / "state")),
+        ],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(here.sockets)},
+        cwd=here.project,
+        capture_output=True,
+    )
+    assert done.returncode == 0
+    assert list(here.project.iterdir()) == list(here.sockets.iterdir()) == []
+
+
 def test_a_check_that_does_not_exist_is_refused(here: Ground) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "seer_mcp.cli", "doctor", "--only", "sokets"],
