@@ -246,6 +246,28 @@ async def test_n02_a_limit_on_file_size_is_said_and_no_file_is_half_written(plac
         assert not server.call("stop_sandbox", sandbox=handle).get("isError")
 
 
+async def test_n02_what_a_killed_server_had_no_room_for_is_folded_again(place: Ground) -> None:
+    """The notebook can be saved, the long output beside it cannot; then the server is killed."""
+    wanted = "".join(f"line {i} {'y' * 50}\n" for i in range(20_000))
+    with raw_server(place, "--on-exit", "keep") as server:
+        handle = raw_start(server)
+        path = Path(server.call("read_notebook", sandbox=handle)["_meta"]["seer/notebook"])
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (300_000, -1))
+        code = "for i in range(20_000): print('line', i, 'y' * 50)"
+        answer = server.call("create_cell", sandbox=handle, source=code)
+        cell = answer["_meta"]["seer/run"]["cell"]
+        assert f"output of cell {cell} waits in memory" in raw_text(answer)
+        noted = read_cells(path)[0]["metadata"]["seer"]
+        spill = path.parent / noted["files"]["0"]
+        assert noted["state"] == "running" and spill.stat().st_size < len(wanted)
+    with raw_server(place, "--on-exit", "stop") as server:
+        answer = server.call("read_outputs", sandbox=handle, cell=cell)
+        assert ": complete in" in raw_text(answer) and "NOT SAVED" not in raw_text(answer)
+        assert spill.read_text() == wanted
+        assert not server.call("stop_sandbox", sandbox=handle).get("isError")
+    assert read_cells(path)[0]["metadata"]["seer"]["state"] == "complete"
+
+
 # -- D01: under journal and state -------------------------------------------------------------
 
 

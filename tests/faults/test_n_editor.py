@@ -586,6 +586,7 @@ async def test_n04_an_old_view_of_outputs_takes_nothing_back(book: Notebook) -> 
     assert [cell["execution_count"] for cell in cells[:2]] == [3, 2]
     assert {cell["metadata"]["seer"]["state"] for cell in cells[:2]} == {"complete"}
     assert source(cells[2]) == "a note"
+    assert not any("not taken" in notice for notice in book.notices), "nobody ran anything there"
 
 
 async def test_n04_what_they_ran_in_their_own_kernel_is_kept(book: Notebook) -> None:
@@ -661,8 +662,7 @@ async def test_n04_a_copy_of_a_cell_is_no_run_of_ours(book: Notebook) -> None:
 
 async def test_n04_a_stale_copy_deletes_and_reverts_nothing(book: Notebook) -> None:
     stale = read(book.path)
-    first = book.cells[0].id
-    book.rewrite(book.cell(first), "print('one, edited')")
+    book.rewrite(book.cells[0], "print('one, edited')")
     book.insert("code", "the agent's new cell")
     await book.save()
     book.move(book.cells[1], "")
@@ -677,15 +677,18 @@ async def test_n04_a_stale_copy_deletes_and_reverts_nothing(book: Notebook) -> N
         cells = await both_save(book, stale)
     assert [source(cell) for cell in cells].count("print('one, by the person')") == 1
     assert len(cells) == 4 and "print('one, edited')" in map(source, cells)
-    # And a deletion in it counts, unless the cell ran here since.
-    ran(book, first, "r0000000005", "ran since\n")
+
+
+async def test_n04_a_deletion_counts_unless_the_cell_ran_here_since(book: Notebook) -> None:
+    stale = read(book.path)
+    first, second = (cell.id for cell in book.cells)
+    ran(book, second, "r0000000005", "ran since\n")
     await book.save()
-    book.notices.clear()
     stale["cells"] = []
     cells = await both_save(book, stale)
-    assert "print('two')" not in map(source, cells)
-    assert "print('one, edited')" in map(source, cells)
-    assert any("they stay: " + first in notice for notice in book.notices), book.notices
+    assert [cell["id"] for cell in cells] == [second] and streams(cells[0]) == "ran since\n"
+    assert any(f"1 deleted ({first})" in notice for notice in book.notices), book.notices
+    assert any("they stay: " + second in notice for notice in book.notices), book.notices
 
 
 async def test_n04_after_a_restart_of_the_server_a_stale_copy_still_takes_nothing(
