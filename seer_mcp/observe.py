@@ -122,6 +122,10 @@ class Observer:
         python = ".".join(map(str, sys.version_info[:3]))
         self.log.write("server_started", version=__version__, python=python, **settings)
 
+    def not_made(self, folder: Path, error: OSError) -> None:
+        why = error.strerror or str(error)
+        self.log.write("folder_not_made", logging.WARNING, path=str(folder), why=why)
+
     async def close(self) -> None:
         self.log.write("server_ended")
         self.log.close()

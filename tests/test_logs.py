@@ -483,6 +483,15 @@ def test_warnings_of_libraries_are_kept_without_their_texts(tmp_path: Path) -> N
     assert SECRET not in json.dumps(line)
 
 
+@pytest.mark.anyio
+async def test_an_outputs_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    async with open_lab(tmp_path, outputs_dir=tmp_path / "file" / "outputs") as lab:
+        (line,) = log_lines(tmp_path, "folder_not_made")
+        assert line["level"] == "warning" and line["why"] == "Not a directory"
+        assert str(tmp_path / "file") in await lab.no("start_sandbox", name="nowhere")
+
+
 # -- processes --------------------------------------------------------------------------------
 
 

@@ -74,6 +74,10 @@ class Register:
         private_dir(self.config.state_dir / "sandboxes")
         private_dir(self.config.runtime_dir)
         self.observer.open(on_exit=self.config.on_exit)
+        try:
+            self.config.outputs_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # a start says it to the client
+            self.observer.not_made(self.config.outputs_dir, error)
         self._first_scan = asyncio.create_task(self._scan(), name="find sandboxes again")
 
     async def close(self) -> None:
