@@ -18,7 +18,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from .ipynb import as_lines, new_id, parse_notebook, storable
 from .merge import Face, Merge, changed_keys, face_of, give_ids_back, merge, outputs_digest
 from .outputs import Event, Outputs, joined
 from .sharedfile import Displaced, Stamp, free_name, recover_parts, replace, stamp
+from .versions import Versions, Written
 
 SAVES_PER_SECOND = 3
 THREAD_ABOVE = 1_000_000  # bytes: larger files are written from a thread
@@ -36,7 +36,7 @@ GONE_SECONDS = 0.3  # and one that is missing after this
 PATIENCE_SECONDS = 10.0  # never wait longer for somebody to finish writing
 MERGES = 5  # in one save; what comes after that is merged by the next
 REMEMBERED = 400  # versions of the file, as far as what a person can change goes
-REMEMBERED_CELLS = 200_000
+REMEMBERED_CELLS = 20_000  # that are different from one version to the next, in all of them
 TOLD = 50  # notices that wait for the next answer
 
 CellType = Literal["code", "markdown", "raw"]
@@ -146,23 +146,6 @@ class Cell:
         return {**self.data, "metadata": {**self.data["metadata"], "seer": noted}}
 
 
-@dataclass(frozen=True)
-class Written:
-    """One version of the file, as far as a person can change it."""
-
-    cells: dict[str, Face]
-    metadata: str
-    """As JSON, without what we note."""
-    order: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "order", tuple(self.cells))  # which == of a dict passes over
-
-    @property
-    def sources(self) -> dict[str, tuple[str, str]]:
-        return {id: face.source for id, face in self.cells.items()}
-
-
 class Notebook:
     """Owns the file at `path`. Every change goes through here."""
 
@@ -194,7 +177,8 @@ class Notebook:
         """Whether a person may see another version than the one that was written last."""
         self._base = self._as_written()
         self._mark: str = self.metadata.get("seer", {}).get("version", "")
-        self._remembered: dict[str, Written] = {self._mark: self._base}  # oldest first
+        self._remembered = Versions(REMEMBERED, REMEMBERED_CELLS)
+        self._remembered.remember(self._mark, self._base)
         self._displaced: list[Displaced] = []
         self._behind: dict[str, Outputs] = {}  # whose output waits for room on the disk
         self._left: set[tuple[str, str]] = set()  # outputs from elsewhere that were not taken
@@ -474,7 +458,7 @@ class Notebook:
         if displaced is not None:
             self._displaced.append(displaced)
         if written is not self._base:
-            self._remember(self._mark, written)
+            self._remembered.remember(self._mark, written)
         self._saved_version, self._base = version, written
         self.trouble = behind
         if behind:
@@ -657,23 +641,16 @@ class Notebook:
     def _as_written(self) -> Written:
         return Written({cell.id: cell.face for cell in self.cells}, plain(self.metadata))
 
-    def _remember(self, mark: str, written: Written) -> None:
-        self._remembered.pop(mark, None)
-        self._remembered[mark] = written
-        room = max(3, min(REMEMBERED, REMEMBERED_CELLS // max(1, len(written.cells))))
-        while len(self._remembered) > room:
-            del self._remembered[next(iter(self._remembered))]
-
     def _merge(self, cells: list[dict[str, Any]], metadata: dict[str, Any]) -> Written:
         """Merge their version into ours (see merge.py for what belongs to whom); returns theirs."""
         mark = metadata.get("seer", {}).get("version")
-        base = self._remembered.get(mark, Written({}, "{}")) if mark else self._base
+        base = (self._remembered.get(mark) or Written({}, "{}")) if mark else self._base
         give_ids_back(cells, base.sources or {cell.id: cell.face.source for cell in self.cells})
         theirs = {cell["id"]: cell for cell in cells}
         faces = {id: face_of(cell) for id, cell in theirs.items()}
         seen = Written(faces, plain(metadata))
         if mark:
-            self._remember(mark, seen)  # what that editor saves next comes from this
+            self._remembered.remember(mark, seen)  # what that editor saves next comes from this
         ours = {cell.id: cell for cell in self.cells}
         busy = {cell.id for cell in self.cells if cell.state in UNFINISHED}
         known = base.cells
