@@ -188,7 +188,7 @@ class Server:
             self.process.wait(10)
 
 
-def action(weight: int, possible: Callable[[Any], Any], **arguments: Any) -> Any:
+def action(weight: float, possible: Callable[[Any], Any], **arguments: Any) -> Any:
     """A step of the machine: how often it is chosen, when it can be, what its arguments are drawn from."""
 
     def mark(function: Any) -> Any:
@@ -607,7 +607,7 @@ class Machine(RuleBasedStateMachine):
         self.over(box, "sandbox_lost")
         self.all_agree()
 
-    @action(1, lambda self: True, gently=(False, True))
+    @action(0.6, lambda self: True, gently=(False, True))
     def new_server(self, gently: bool) -> None:
         """Its client goes, or it is killed: the next one finds all as it was."""
         self.next()
@@ -620,7 +620,7 @@ class Machine(RuleBasedStateMachine):
             self.settle(box)
         self.all_agree()
 
-    @action(1, lambda self: self.any("idle"), which=ANYTHING, milliseconds=range(41))
+    @action(0.6, lambda self: self.any("idle"), which=ANYTHING, milliseconds=range(41))
     def kill_server_in_a_call(self, which: int, milliseconds: int) -> None:
         """The cell is there or not, and it ran once or not at all; what it says of itself is true."""
         box, tag = self.box(which, "idle"), self.next()

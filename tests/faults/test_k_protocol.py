@@ -85,6 +85,11 @@ ENDING_ORDERS: dict[str, tuple[list[Step], str, str]] = {
         "complete",
         "a\n",
     ),
+    "two replies, the first counts": (
+        [BUSY, out("a"), OK, ERROR, {"sleep": 0.2}, IDLE],
+        "complete",
+        "a\n",
+    ),
     "reply late": ([BUSY, out("a"), IDLE, {"sleep": 0.3}, OK], "complete", "a\n"),
     "idle late": ([BUSY, out("a"), OK, {"sleep": 0.3}, IDLE], "complete", "a\n"),
     "busy again": ([BUSY, out("a"), OK, IDLE, BUSY], "complete", "a\n"),

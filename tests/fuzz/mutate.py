@@ -111,19 +111,19 @@ def _value(random: Random, data: bytes) -> bytes:
 
 def _other(random: Random, value: Any) -> Any:
     """The value with something in it replaced, taken away or doubled."""
-    if isinstance(value, dict) and value and random.random() < 0.9:
+    if isinstance(value, dict) and value and random.random() < 0.98:
         (key,) = random.choices(list(value), [nodes(v) for v in value.values()])
         if random.random() < 0.1:
             return {k: v for k, v in value.items() if k != key}
         return {**value, key: _other(random, value[key])}
-    if isinstance(value, list) and value and random.random() < 0.9:
+    if isinstance(value, list) and value and random.random() < 0.98:
         (at,) = random.choices(range(len(value)), [nodes(v) for v in value])
         if random.random() < 0.15:
             return [*value[:at], value[at], *value[at:]]
         return [*value[:at], _other(random, value[at]), *value[at + 1 :]]
     if random.random() < 0.1:
         deep: Any = value
-        for _ in range(random.choice((20, 150, 250, 600))):
+        for _ in range(random.choice((20, 150, 250, 950))):
             deep = random.choice(([deep], {"x": deep}))
         return deep
     return random.choice(ODD)

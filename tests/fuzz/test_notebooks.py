@@ -143,3 +143,11 @@ async def test_damaged_notebooks_through_the_whole_server(tmp_path: Path) -> Non
             found["opened"] += 1
         assert "0 running" in await lab.ok("list_sandboxes")
     assert found["refused"] and found["opened"]
+
+
+async def test_what_is_nested_too_deep_to_be_written_again_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "n.ipynb"
+    for depth in (100, 250, 600, 950, 5000):
+        head, tail = whole().split(b'"tags"')
+        path.write_bytes(head + b'"deep": ' + b"[" * depth + b"]" * depth + b', "tags"' + tail)
+        assert await open_and_save(path, False) == ("opened" if depth == 100 else "refused")
