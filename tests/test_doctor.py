@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import venv
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+from mcp import Client
 
 from seer_mcp.backends import Place
 from seer_mcp.backends.local import LocalBackend
@@ -27,9 +30,12 @@ from seer_mcp.doctor import CHECKS, Line, Patient, examine
 from seer_mcp.doctor.machine import requirements, within
 from seer_mcp.environment import SandboxSpec
 from seer_mcp.errors import BadInput, SandboxStartFailed
+from seer_mcp.logs import held
+from seer_mcp.server import build_server
+from seer_mcp.sessions import Session
 
 from .faults.ground import Ground, RawServer, ground, raw_server, raw_start, raw_text
-from .support import processes_of, read_cells, streams, until
+from .support import Lab, processes_of, read_cells, streams, until
 from .test_logs import fill, mode, small_disk
 
 pytestmark = pytest.mark.anyio
@@ -196,6 +202,51 @@ def test_a_sandbox_between_two_servers_survives_repairs(here: Ground) -> None:
     with raw_server(here) as server:
         assert raw_text(server.call("create_cell", sandbox=sandbox, source="x + 1")).endswith("42")
         server.call("stop_sandbox", sandbox=sandbox)
+
+
+def test_repairs_find_nothing_while_a_server_starts_and_stops_sandboxes(here: Ground) -> None:
+    said: list[Line] = []
+    over = threading.Event()
+
+    async def again_and_again() -> None:
+        names = ("records", "processes", "sockets", "modes", "locks", "parts")
+        while not over.is_set():
+            lines = await report(here, *names, fix=True, grace=60.0)
+            said.extend(line for line in lines if line.status != "ok")
+
+    with raw_server(here) as server:
+        doctor = threading.Thread(target=lambda: asyncio.run(again_and_again()))
+        doctor.start()
+        try:
+            for _ in range(3):
+                sandbox = raw_start(server, name="again")
+                result = server.call("create_cell", sandbox=sandbox, source="40 + 2")
+                assert raw_text(result).endswith("42")
+                server.call("stop_sandbox", sandbox=sandbox)
+        finally:
+            over.set()
+            doctor.join()
+    assert said == []
+
+
+async def test_a_record_says_that_it_ended_before_its_lock_goes(here: Ground) -> None:
+    """Else whoever takes the lock in between holds a sandbox that seems to have died alone."""
+    server = build_server(here.config())
+    seen: list[tuple[bool, bool]] = []
+    async with Client(server) as client:
+        lab = Lab(client, here.folder)
+        session = await server.register.get(await lab.start(name="ending"), "local")
+        lock, on_end = session.state_dir / "lock", session.on_end
+
+        def watched(ended: Session) -> None:
+            before = held(lock)
+            on_end(ended)
+            seen.append((before, held(lock)))
+
+        session.on_end = watched
+        await lab.ok("stop_sandbox", sandbox=session.handle)
+        assert seen == [(True, True)]
+        assert not held(lock)
 
 
 # -- records and processes --------------------------------------------------------------------

@@ -89,16 +89,14 @@ class Kept:
     """One folder of the state, and what runs of it."""
 
     folder: Path
+    busy: bool
+    """Whether a living server holds it. Asked before the record is read: a server notes the end of a
+    sandbox before it lets go."""
     record: dict[str, Any] | None
     """None if it cannot be read."""
     why: str
     running: Record | None
     """What the machine says runs under this handle."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether a living server holds it."""
-        return held(self.folder / "lock")
 
     @property
     def host_lives(self) -> bool:
@@ -131,7 +129,7 @@ async def kept(patient: Patient) -> list[Kept]:
     live = await running(patient)
     folder = patient.config.state_dir / "sandboxes"
     folders = sorted(path for path in folder.glob("*") if path.is_dir())
-    return [Kept(path, *usable(path), live.get(path.name)) for path in folders]
+    return [Kept(path, held(path / "lock"), *usable(path), live.get(path.name)) for path in folders]
 
 
 async def records(patient: Patient) -> list[Finding]:

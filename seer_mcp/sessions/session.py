@@ -331,9 +331,11 @@ class Session:
         self._end_for_good()
 
     def _end_for_good(self) -> None:
-        self.release()
         fault_point("stop.saved")
-        self.on_end(self)
+        try:
+            self.on_end(self)  # before the locks go: who takes them must read that it has ended
+        finally:
+            self.release()
 
     def _finish(self, id: str, state: str, why: str) -> None:
         self.notebook.finish(id, state, why)
