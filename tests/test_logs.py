@@ -428,7 +428,7 @@ def test_several_servers_add_to_one_audit_file(tmp_path: Path) -> None:
         "import sys; from pathlib import Path\n"
         "from seer_mcp.audit import Audit; from seer_mcp.logs import Log\n"
         "audit = Audit(Path(sys.argv[1]), sys.argv[2], 10, Log(Path(sys.argv[1]).parent, 'x'))\n"
-        "bad = [n for n in range(400) if audit.add('line', number=n, pad='x' * 3000)]\n"
+        "bad = [n for n in range(1200) if audit.add('line', number=n, pad='x' * 9000)]\n"
         "sys.exit(bool(bad))"
     )
     path = tmp_path / "audit.jsonl"
@@ -436,7 +436,7 @@ def test_several_servers_add_to_one_audit_file(tmp_path: Path) -> None:
     assert [child.wait(60) for child in children] == [0, 0, 0]
     lines = lines_of(path)
     for n in range(3):
-        assert [x["number"] for x in lines if x["server"] == str(n)] == list(range(400))
+        assert [x["number"] for x in lines if x["server"] == str(n)] == list(range(1200))
 
 
 def test_a_server_that_was_stopped_in_the_middle_of_a_line_holds_no_other_up(
