@@ -51,7 +51,7 @@ class Cell:
         self.since: int | None = None
         """From behind which event on its last run can be folded again, if it began in this sandbox."""
         self._notebook = notebook
-        self._text: str | None = None
+        self._text: bytes | None = None
         self._face: Face | None = None
         self._written: Face | None = None  # when it was last made into JSON
 
@@ -117,6 +117,10 @@ class Cell:
         self.note(run=run, state="queued", since=since)
 
     def json(self) -> str:
+        return self.encoded().decode("utf-8")
+
+    def encoded(self) -> bytes:
+        """Its JSON as it stands in the file, made anew only when the cell changed."""
         if self._text is None:
             self._notebook.reshaped |= self.face is not self._written
             self._written = self.face
@@ -130,9 +134,10 @@ class Cell:
                     self.data["metadata"]["seer"] = {**self.seer, "files": names}
             if self.seer.get("run"):
                 self.data["metadata"]["seer"] = {**self.seer, "digest": outputs_digest(self.data)}
-            self._text = json.dumps(
+            text = json.dumps(
                 as_lines(self._to_be_folded_again()), indent=1, ensure_ascii=False, sort_keys=True
-            ).replace("\n", "\n  ")
+            )
+            self._text = text.replace("\n", "\n  ").encode("utf-8")
         return self._text
 
     def _to_be_folded_again(self) -> dict[str, Any]:
@@ -393,8 +398,12 @@ class Notebook:
         self.reshaped = True
         self.touched()
 
-    def text(self, cells: list[str] | None = None) -> str:
+    def text(self) -> str:
         """The file as it would be written now."""
+        return b"".join(self._pieces()).decode("utf-8")
+
+    def _pieces(self) -> list[bytes]:
+        """The file in pieces, which are the cells' own: a large one is never copied as a whole."""
         metadata = {
             **self.metadata,
             "seer": {
@@ -403,12 +412,16 @@ class Notebook:
                 "version": self._mark,
             },
         }
-        body = ",\n  ".join([cell.json() for cell in self.cells] if cells is None else cells)
-        rest = json.dumps(metadata, indent=1, ensure_ascii=False, sort_keys=True).replace(
-            "\n", "\n "
-        )
-        whole = f"[\n  {body}\n ]" if body else "[]"
-        return f'{{\n "cells": {whole},\n "metadata": {rest},\n "nbformat": 4,\n "nbformat_minor": 5\n}}\n'
+        rest = json.dumps(metadata, indent=1, ensure_ascii=False, sort_keys=True)
+        rest = rest.replace("\n", "\n ").encode("utf-8")
+        pieces = [b'{\n "cells": [']
+        for cell in self.cells:
+            pieces += [b",\n  " if len(pieces) > 1 else b"\n  ", cell.encoded()]
+        end = b"\n ]" if self.cells else b"]"
+        return [
+            *pieces,
+            end + b',\n "metadata": ' + rest + b',\n "nbformat": 4,\n "nbformat_minor": 5\n}\n',
+        ]
 
     async def save(self) -> None:
         """Write what changed; when this returns, it is on disk. Raises NotebookNotSaved."""
@@ -438,14 +451,15 @@ class Notebook:
         behind = self._catch_up()
         version = self._version
         self._dirty.clear()
-        cells = [cell.json() for cell in self.cells]
+        for cell in self.cells:
+            cell.encoded()  # tells whether it is reshaped
         written = self._as_written() if self.reshaped else self._base
         self.reshaped = False
         if written != self._base or not self._mark:
             self._mark = secrets.token_hex(4)
-        data = self.text(cells).encode("utf-8")
+        data = self._pieces()
         try:
-            if len(data) > THREAD_ABOVE:
+            if sum(map(len, data)) > THREAD_ABOVE:
                 made = await asyncio.to_thread(replace, self.path, data, self._stamp)
             else:
                 made = replace(self.path, data, self._stamp)
@@ -748,7 +762,7 @@ class Notebook:
         return True
 
     def _digest_of(self, cell: Cell) -> str:
-        cell.json()  # brings its data up to date
+        cell.encoded()  # brings its data up to date
         return outputs_digest(cell.data)
 
     def _adopted(self, data: dict[str, Any]) -> Cell:

@@ -21,6 +21,7 @@ import signal
 import stat
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,8 +111,10 @@ def _held_for_writing(descriptor: int) -> bool | None:
     return False
 
 
-def replace(path: Path, data: bytes, known: Stamp | None) -> tuple[Stamp, Displaced | None]:
-    """Put `data` at `path`: every reader sees the old file or the new one, whole.
+def replace(
+    path: Path, data: Iterable[bytes], known: Stamp | None
+) -> tuple[Stamp, Displaced | None]:
+    """Put the pieces of `data` at `path`: every reader sees the old file or the new one, whole.
 
     `known` is the version that `data` was made from. Returns the new file's stamp, and what was
     displaced if it is another version or may still become one. Raises OSError, and then the place
@@ -154,11 +157,11 @@ def _not_a_file(found: os.stat_result) -> OSError:
     return OSError(errno.EEXIST, f"a {kind} stands in its place; move that away")
 
 
-def _write(part: Path, data: bytes, mode: int) -> Stamp:
+def _write(part: Path, data: Iterable[bytes], mode: int) -> Stamp:
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         os.fchmod(descriptor, mode)
-        file.write(data)
+        file.writelines(data)
         file.flush()
         os.fsync(descriptor)
         return stamp_of(os.fstat(descriptor))

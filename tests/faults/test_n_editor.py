@@ -501,7 +501,7 @@ async def test_n04_an_edit_in_the_moment_a_server_is_killed_is_kept(tmp_path: Pa
         "if sys.argv[2] == 'edited':\n"
         "    book = json.loads(data); book['cells'][0]['source'] = 'an edit'\n"
         "    (path.parent / 'b').write_text(json.dumps(book)); os.rename(path.parent / 'b', path)\n"
-        "replace(path, data, known)"
+        "replace(path, [data], known)"
     )
     for point in ("part", "renamed"):
         for edit in ("not edited", "edited"):
