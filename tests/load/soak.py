@@ -101,6 +101,8 @@ class Sample:
     rss: int
     descriptors: int
     threads: int
+    notebooks: int
+    """Bytes of all notebooks, which the server holds in its memory as well."""
 
 
 @dataclass
@@ -183,7 +185,7 @@ class Worker:
             self.name,
             kind,
             soak.truth / str(number),
-            lines=100 if long else soak.chance.randrange(1, 40),
+            lines=100 if long else soak.chance.randrange(1, 30),
             pause=0.03 if long else soak.chance.choice((0.0, 0.002, 0.03)),
         )
         now = time.monotonic()
@@ -549,6 +551,7 @@ class Soak:
                     process.memory_info().rss,
                     process.num_fds(),
                     process.num_threads(),
+                    sum(w.notebook.stat().st_size for w in self.workers if w.notebook.is_file()),
                 )
             )
 
@@ -570,14 +573,13 @@ class Soak:
             return statistics.median(within)
 
         found: dict[str, Any] = {"seconds": whole, "samples": len(longest)}
-        for name in ("rss", "descriptors", "threads"):
+        for name in ("rss", "descriptors", "threads", "notebooks"):
             found[name] = {
                 "warm": middle(name, 0.2, 0.3),
                 "end": middle(name, 0.9, 1.0),
                 "most": max(getattr(s, name) for s in longest),
             }
         found["growth"] = found["rss"]["end"] / found["rss"]["warm"] - 1
-        found["notebooks"] = sum(worker.notebook.stat().st_size for worker in self.workers)
         self.report.stretch = found
 
     # -- the judgement ------------------------------------------------------------------------
@@ -645,9 +647,8 @@ def table(report: Report) -> str:
         "faults: " + ", ".join(f"{n} {s}" for s, n in report.faults.most_common()),
         f"sandboxes found again within {max(report.found_again):.1f} s "
         f"({len(report.found_again)} new servers)",
-        f"longest life of a server {stretch['seconds']:.0f} s: memory "
-        f"{stretch['rss']['warm'] / 2**20:.0f} -> {stretch['rss']['end'] / 2**20:.0f} MiB "
-        f"({stretch['growth']:+.1%}), notebooks {stretch['notebooks'] / 2**20:.1f} MiB",
+        f"longest life of a server {stretch['seconds']:.0f} s: memory {mib(stretch['rss'])} "
+        f"({stretch['growth']:+.1%}), of notebooks {mib(stretch['notebooks'])}",
         f"descriptors {stretch['descriptors']['warm']:.0f} -> {stretch['descriptors']['end']:.0f}, "
         f"threads {stretch['threads']['warm']:.0f} -> {stretch['threads']['end']:.0f}",
         f"left over: {len(report.left_over)}; problems: {len(report.problems)}",
@@ -658,7 +659,6 @@ def table(report: Report) -> str:
 def section(report: Report) -> str:
     """The figures as a table of the docs."""
     stretch = report.stretch
-    memory = [f"{stretch['rss'][when] / 2**20:.0f}" for when in ("warm", "end")]
     counted = [
         ("runs, faults", f"{report.runs:,}, {sum(report.faults.values())}"),
         ("lines printed", f"{report.lines:,}"),
@@ -671,8 +671,8 @@ def section(report: Report) -> str:
         ),
         (
             f"memory of the server over {stretch['seconds'] / 60:.0f} minutes",
-            f"{memory[0]} -> {memory[1]} MiB ({stretch['growth']:+.1%}), beside "
-            f"{stretch['notebooks'] / 2**20:.1f} MiB of notebooks",
+            f"{mib(stretch['rss'])} ({stretch['growth']:+.1%}); the notebooks that it holds: "
+            f"{mib(stretch['notebooks'])}",
         ),
         ("its descriptors", arrow(stretch["descriptors"])),
         ("its threads", arrow(stretch["threads"])),
@@ -687,6 +687,10 @@ def section(report: Report) -> str:
 
 def arrow(figure: dict[str, float]) -> str:
     return f"{figure['warm']:.0f} -> {figure['end']:.0f}"
+
+
+def mib(figure: dict[str, float]) -> str:
+    return f"{figure['warm'] / 2**20:.1f} -> {figure['end'] / 2**20:.1f} MiB"
 
 
 async def soak(folder: Path, **options: Any) -> Report:

@@ -16,7 +16,7 @@ LINE = re.compile(r"line (\d+) (\d+)\b")
 HEAD = re.compile(r"# run (\d+)\n")
 FLOOD = 20_000
 HUGE = 2_000_000
-DISPLAY = 500_000
+DISPLAY = 200_000
 
 PRELUDE = """\
 # run {number}
