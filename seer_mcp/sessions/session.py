@@ -33,6 +33,7 @@ from .record import sealed
 Heartbeat = Callable[[str], Awaitable[None]]
 HEARTBEAT_SECONDS = 5.0
 INTERRUPT_SECONDS = 5.0
+FRESH_SECONDS = 0.05  # that a look waits for what was put out before it
 SAVE_AGAIN_SECONDS = 2.0
 FILE_PIECE = 2_000_000
 SLICE = 0.02  # seconds of folding after which other tasks get a turn
@@ -114,6 +115,7 @@ class Session:
         self._asking: asyncio.Task[None] | None = None
         self._kernel_changed = asyncio.Event()
         self._work: set[asyncio.Task[Any]] = set()
+        self._touching: set[asyncio.Task[None]] = set()
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -572,12 +574,22 @@ class Session:
         return answer["entries"], answer["total"]
 
     async def touch(self) -> None:
-        """Somebody looks: that counts as use. What was put out can be read all the same."""
+        """Somebody looks: that counts as use. What was put out can be read all the same.
+
+        The host's answer stands behind what was put out before it, so waiting for it makes the look
+        a fresh one; behind a flood it would be a long wait, so there is an end to it.
+        """
         if self.ended is None and self._link is not None:
-            try:
-                await self._link.request("touch", timeout=2.0)
-            except SandboxUnreachable:
-                return
+            touching = asyncio.create_task(self._touch(self._link))
+            self._touching.add(touching)
+            touching.add_done_callback(self._touching.discard)
+            await asyncio.wait({touching}, timeout=FRESH_SECONDS)
+
+    async def _touch(self, link: Link) -> None:
+        try:
+            await link.request("touch", timeout=2.0)
+        except SandboxUnreachable:
+            return
 
     def check_usable(self, to_run: bool) -> None:
         """Before a cell is written: raise now what running it would raise."""
