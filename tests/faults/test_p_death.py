@@ -366,3 +366,49 @@ def test_a_server_without_work_ends_with_no_child(place: Ground) -> None:
     with raw_server(place) as server:
         children = psutil.Process(server.process.pid).children(recursive=True)
         assert children == []
+
+
+def find_again(place: Ground, number: int) -> float:
+    """Kill a server with `number` live sandboxes; seconds until the next one has them all."""
+    with raw_server(place) as server:
+        handles = [raw_start(server) for _ in range(number)]
+        for at, handle in enumerate(handles):
+            server.call("create_cell", sandbox=handle, source=f"mine, ran = {at}, []")
+            server.call(
+                "create_cell",
+                sandbox=handle,
+                source=(
+                    "import time\nran.append(1)\nfor i in range(60):\n"
+                    "    print(mine, i, flush=True); time.sleep(0.1)"
+                ),
+                wait=0,
+            )
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(10)
+    with raw_server(place, "--on-exit", "stop") as server:
+        began = time.monotonic()
+        listed = raw_text(server.call("list_sandboxes"))
+        took = time.monotonic() - began
+        assert [handle for handle in handles if handle not in listed] == []
+        for at, handle in enumerate(handles):
+            result = server.call("read_outputs", sandbox=handle, wait=20)
+            assert result["_meta"]["seer/run"]["state"] == "complete", raw_text(result)
+            lines = [line for line in raw_text(result).splitlines() if line[:1].isdigit()]
+            assert lines == [f"{at} {i}" for i in range(60)]
+            told = server.call("create_cell", sandbox=handle, source="mine, ran")
+            assert f"({at}, [1])" in raw_text(told)
+        for handle in handles:
+            server.call("stop_sandbox", sandbox=handle)
+    assert place.processes() == []
+    return took
+
+
+def test_p01_three_live_sandboxes_are_found_again(place: Ground) -> None:
+    find_again(place, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_p01_twenty_live_sandboxes_are_found_again_in_15_seconds(place: Ground) -> None:
+    took = find_again(place, 20)
+    assert took < 15
