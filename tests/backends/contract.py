@@ -858,6 +858,8 @@ while not os.path.exists('enough'):
     with open('watched', 'rb') as file:
         data = file.read()
     seen.add((data[:1].decode(), len(set(data)), len(data)))
+    if not os.path.exists('watching'):
+        open('watching', 'x').close()
 os.unlink('enough')
 print(sorted(seen))
 """
@@ -872,7 +874,8 @@ async def a_reader_never_sees_part_of_a_file(bench: Bench) -> None:
         path.write_bytes(path.name.encode() * size)
     await box.sandbox.put(contents[0], "watched")
     (id,) = await box.submit(WATCH)
-    for i in range(12):
+    await box.command("until test -e watching; do sleep 0.02; done")
+    for i in range(40):
         await box.sandbox.put(contents[i % 2], "watched")
     await box.sandbox.put(contents[0], "enough")
     assert set(eval((await box.over(id)).text())) <= {("a", 1, size), ("b", 1, size)}
