@@ -84,3 +84,12 @@ def test_the_server_alone_does_not_need(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not [d for d in project["dependencies"] if d.lower().startswith(name)]
     assert all("<" in d for d in project["dependencies"]), "every dependency has an upper bound"
+
+
+def test_every_row_of_the_faults_has_a_test_and_every_test_a_row() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| `([A-Z]\d\d)` \|", page, re.M)
+    assert len(rows) == len(set(rows)) >= 46
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = {name.upper() for name in re.findall(r"def test_([knopcdxl]\d\d)_", tests)}
+    assert named == set(rows)

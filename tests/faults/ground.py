@@ -25,8 +25,9 @@ import uvicorn
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from seer_mcp.backends.local import MARK
+from seer_mcp.backends.local import MARK, LocalBackend
 from seer_mcp.http import build_app
+from seer_mcp.kernel_host.limits import remove
 
 from ..support import Lab, config_for, stdio_parameters
 
@@ -74,6 +75,9 @@ class Ground:
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        # A host that was killed cannot remove its control groups.
+        name = LocalBackend(self.config())._group("*")
+        remove(map(str, Path("/sys/fs/cgroup").rglob(name)))
 
 
 @contextmanager
