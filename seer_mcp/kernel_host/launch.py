@@ -4,6 +4,7 @@ What differs from `python -m ipykernel_launcher`:
 - the kernel dies with its host (Linux), so that a killed host leaves nothing behind;
 - what it says waits for its host, and is never dropped;
 - what was printed is kept even if the kernel is killed before it was sent (see last_words.py);
+- what forked children print arrives in the order in which they printed it;
 - what a thread prints belongs to the cell that started it, also while another cell runs;
 - text that is not valid Unicode (lone surrogates) is sent escaped, where ipykernel would lose it;
 - tqdm draws its bars as text: a widget's state is in no output, and the bar would stay at 0 %.
@@ -16,10 +17,12 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import pickle
 import signal
+import socket
 import sys
 import threading
-from typing import Any, Dict, FrozenSet, List
+from typing import Any, Dict, FrozenSet, List, Tuple
 
 written, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # not into the host's folder
 import last_words  # noqa: E402
@@ -27,6 +30,7 @@ import last_words  # noqa: E402
 sys.dont_write_bytecode = written
 
 PR_SET_PDEATHSIG = 1
+DATAGRAM = 400  # characters; with their header below the 2 kB that some systems allow
 PIECE = last_words.SIZE // 8  # characters; as UTF-8 they fit into half a slot
 SENDING = "seer_sending"  # in the parent header of a stream message: the number of its sending
 
@@ -110,6 +114,58 @@ def keep_last_words(stream: Any, path: str) -> None:
     stream.write, stream._rotate_buffers = write_and_keep, rotate_and_number
 
 
+def children_speak_in_order() -> None:
+    """Take what forked children print by one line of datagrams.
+
+    ipykernel makes a connection for each piece that a child writes, and these overtake each other.
+    """
+    streams: Dict[str, Any] = {"stdout": sys.stdout, "stderr": sys.stderr}
+    used = ("_buffers", "_buffer_lock", "_schedule_flush", "_is_master_process", "parent_header")
+    if not all(hasattr(stream, name) for stream in streams.values() for name in used):
+        return  # an ipykernel that we do not know
+    hearing, speaking = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def give_to_children(name: str, stream: Any) -> None:
+        write, flush, is_master = stream.write, stream.flush, stream._is_master_process
+        # By process and thread: a child sends whole lines, as every program does to a terminal.
+        pending: Dict[Tuple[int, int], str] = {}
+
+        def send(key: Tuple[int, int]) -> None:
+            text, parent = pending.pop(key, ""), stream.parent_header
+            for at in range(0, len(text), DATAGRAM):
+                speaking.send(pickle.dumps((name, parent, text[at : at + DATAGRAM])))
+
+        def write_in_order(text: Any) -> Any:
+            if is_master() or not isinstance(text, str):
+                return write(text)
+            key = (os.getpid(), threading.get_ident())
+            pending[key] = pending.get(key, "") + text
+            if "\n" in text or len(pending[key]) > DATAGRAM:
+                send(key)
+            return len(text)
+
+        def flush_in_order() -> None:
+            if is_master():
+                flush()
+                return
+            for key in [key for key in pending if key[0] == os.getpid()]:
+                send(key)
+
+        stream.write, stream.flush = write_in_order, flush_in_order
+
+    def hear() -> None:
+        while True:
+            name, parent, text = pickle.loads(hearing.recv(65536))
+            stream = streams[name]
+            with stream._buffer_lock:
+                stream._buffers[frozenset(parent.items())].write(text)
+            stream._schedule_flush()
+
+    for name, stream in streams.items():
+        give_to_children(name, stream)
+    threading.Thread(target=hear, name="what children say", daemon=True).start()
+
+
 def threads_belong_to_their_cell(shell: Any) -> None:
     """Give each new thread the cell that started it as the parent of its output.
 
@@ -163,6 +219,7 @@ def main() -> None:
     app.session.pack = pack
     for name in ("stdout", "stderr"):
         keep_last_words(getattr(sys, name), os.path.splitext(sys.argv[1])[0] + "." + name)
+    children_speak_in_order()
     threads_belong_to_their_cell(app.shell)
     app.start()
 

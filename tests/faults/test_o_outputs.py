@@ -543,6 +543,25 @@ async def test_a_large_error_does_not_make_a_large_notebook(box: tuple[Lab, str]
 # -- processes and late output --------------------------------------------------------------------
 
 
+async def test_children_of_a_cell_speak_in_order(box: tuple[Lab, str]) -> None:
+    lab, handle = box
+    source = (
+        "import multiprocessing\n"
+        "def work(i):\n"
+        "    for n in range(100): print('worker', i, 'line', n, '\\ud800' if n == 7 else '')\n"
+        "fork = multiprocessing.get_context('fork')\n"
+        "with fork.Pool(3) as pool: pool.map(work, range(3), 1)\n"
+        "def long(): print('x' * 50_000, end='.')\n"
+        "process = fork.Process(target=long); process.start(); process.join()"
+    )
+    result = await lab.cell(handle, source)
+    text = streams(await saved(lab, handle, result))
+    for i in range(3):
+        numbers = re.findall(rf"^worker {i} line (\d+)", text, re.M)
+        assert numbers == [str(n) for n in range(100)]
+    assert "x" * 50_000 + "." in text and text.count("\\ud800") == 3
+
+
 async def test_children_of_a_cell_are_heard(box: tuple[Lab, str]) -> None:
     lab, handle = box
     source = (
