@@ -226,7 +226,8 @@ class Link:
         if self._writer is not None:
             self._send(self._writer, message)
         try:
-            answer = await asyncio.wait_for(future, timeout)
+            async with asyncio.timeout(timeout):  # wait_for of Python 3.11 can swallow a cancel
+                answer = await future
         except TimeoutError:
             raise SandboxUnreachable(
                 f"The sandbox gave no answer to {op!r} in {timeout:.0f} s. Try again; list_sandboxes shows its state."

@@ -31,7 +31,7 @@ from ..files import private_dir, write_json
 from ..kernel_host import limits
 from ..kernel_host.fault import fault_point, in_host
 from ..kernel_host.folder import Folder, replace
-from . import Place, Progress, Record
+from . import Place, Progress, Record, identity
 
 # In the environment of every process of a sandbox:
 MARK = "SEER_MCP_SANDBOX"  # its handle
@@ -51,7 +51,6 @@ class LocalSandbox:
         self._socket = Path(record["socket"])
         self._folder = Path(record["folder"])
         self._pid = int(record["pid"])
-        self._started = float(record["started"])
         self._groups = [str(group) for group in record.get("groups", [])]
         self.child: subprocess.Popen[bytes] | None = None
 
@@ -65,12 +64,7 @@ class LocalSandbox:
         """Whether the host process of the record still runs (and is not another with its number)."""
         if self.child is not None and self.child.poll() is not None:
             return False
-        try:
-            process = psutil.Process(self._pid)
-            same = abs(process.create_time() - self._started) < 1.0
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return identity.is_alive(self._record)
 
     async def put(self, local: Path, remote: str) -> None:
         await asyncio.to_thread(self._put, local, remote)
@@ -290,12 +284,11 @@ class LocalBackend:
             except OSError as error:
                 raise SandboxStartFailed(f"{python} could not be started: {error}") from error
         fault_point("sandbox.created")
-        started = time.time()
         try:
-            started = psutil.Process(child.pid).create_time()
-        except psutil.NoSuchProcess:
-            pass  # it ended already; the wait below says so, with its log
-        sandbox = self._sandbox(handle, folder, config, child.pid, started)
+            process = identity.of_process(child.pid)
+        except psutil.NoSuchProcess:  # it ended already; the wait below says so, with its log
+            process = {"pid": child.pid, "started": time.time()}
+        sandbox = self._sandbox(handle, folder, config, process)
         sandbox.child = child
         try:
             await self._answering(sandbox, python)
@@ -306,14 +299,13 @@ class LocalBackend:
         return sandbox
 
     def _sandbox(
-        self, handle: str, folder: Path, config: dict[str, Any], pid: int, started: float
+        self, handle: str, folder: Path, config: dict[str, Any], process: dict[str, Any]
     ) -> LocalSandbox:
         return LocalSandbox(
             self._instance,
             {
                 "handle": handle,
-                "pid": pid,
-                "started": started,
+                **process,
                 "socket": config["socket"],
                 "folder": str(folder),
                 "groups": config["limits"]["groups"],
@@ -356,6 +348,11 @@ class LocalBackend:
 
     async def find(self, record: Record) -> LocalSandbox | None:
         sandbox = LocalSandbox(self._instance, record)
+        if (machine := identity.elsewhere(record)) is not None:
+            raise SandboxUnreachable(
+                f"It was started on the machine {machine} and may still run there: use it from a server on that "
+                f"machine. If the machine is gone for good, remove {record['folder']}."
+            )
         return sandbox if sandbox.alive() else None
 
     async def clear(self, handle: str) -> None:
@@ -395,8 +392,8 @@ class LocalBackend:
             if owner and config["owner"] != owner:
                 return None
             if "kernel_host" in command:
-                started = process.create_time()
-                return self._sandbox(handle, folder, config, process.pid, started).record()
+                found = identity.of_process(process.pid)
+                return self._sandbox(handle, folder, config, found).record()
         except psutil.NoSuchProcess:
             return None
         except (OSError, ValueError):

@@ -174,7 +174,8 @@ async def tell(reports: asyncio.Queue[str], beat: Any) -> None:
     last = "starting"
     while True:
         try:
-            last = await asyncio.wait_for(reports.get(), 5.0)
+            async with asyncio.timeout(5.0):
+                last = await reports.get()
         except TimeoutError:
             pass
         await beat(last)

@@ -1091,6 +1091,7 @@ async def an_unused_sandbox_ends_and_a_used_one_does_not(bench: Bench) -> None:
     assert (await used.status())["kernel"] == "ready" and used.gone is None
     assert (await busy.status())["active"] == id
     using.cancel()
+    await asyncio.wait([using])
     await asyncio.gather(*(box.end() for box in (idle, used, busy)))
 
 

@@ -76,8 +76,13 @@ class Ground:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         # A host that was killed cannot remove its control groups.
-        name = LocalBackend(self.config())._group("*")
-        remove(map(str, Path("/sys/fs/cgroup").rglob(name)))
+        ours = LocalBackend(self.config())._group("")
+        remove(
+            os.path.join(folder, name)  # os.walk passes over what vanishes meanwhile
+            for folder, names, _ in os.walk("/sys/fs/cgroup")
+            for name in names
+            if name.startswith(ours)
+        )
 
 
 @contextmanager
