@@ -239,7 +239,9 @@ async def test_c04_other_calls_are_answered_while_a_cell_runs(
         endpoint.lab("legacy") as other,
     ):
         handle = await lab.start()
-        source = f"import time\nend = time.time() + 5\nwhile time.time() < end: print('x' * 100); {pace}"
+        source = (
+            f"import time\nend = time.time() + 5\nwhile time.time() < end: print('x' * 100); {pace}"
+        )
         busy = asyncio.create_task(lab.cell(handle, source, wait=30))
         await asyncio.sleep(0.5)
         times: dict[str, list[float]] = {"tools/list": [], "read_outputs": [], "list_sandboxes": []}
