@@ -117,6 +117,18 @@ class SandboxStartFailed(SandboxUnavailable):
         super().__init__(f"The sandbox did not start: {why}. Nothing was left running.{shown}")
 
 
+class EndUnconfirmed(SandboxUnavailable):
+    """A machine that may still run, and cost money, although its end was asked for."""
+
+    def __init__(self, handle: str, id: str, why: str) -> None:
+        super().__init__(
+            f"STILL BILLING: sandbox {handle} ({id}) could not be ended: {why}. Its end is asked for again and again; "
+            "list_sandboxes shows when it is confirmed."
+        )
+        self.id = id
+        self.why = why
+
+
 class NotebookUnreadable(SeerError):
     def __init__(self, path: str, why: str) -> None:
         super().__init__(

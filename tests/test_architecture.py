@@ -27,7 +27,7 @@ FLOORS = [
     ["audit"],
     ["render"],
     ["outputs", "logs"],
-    ["errors", "files", "sharedfile", "text", "merge", "versions", "kernel_host"],
+    ["errors", "files", "money", "sharedfile", "text", "merge", "versions", "kernel_host"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 KNOW_MCP = {"tools", "server", "http", "render", "cli", "demo"}

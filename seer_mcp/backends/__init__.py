@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from ..config import Config
 from ..environment import SandboxSpec
 from ..errors import NotFound
+from ..money import Price
 
 Record = dict[str, Any]
 Progress = Callable[[str], None]
@@ -72,7 +73,15 @@ class Sandbox(Protocol):
         """End the machine and all that was started on it, also what left its parent.
 
         Called by a session that ends, by a start that fails, and after a host died. Idempotent, by
-        several callers at once too; returns only when everything is gone.
+        several callers at once too; returns only when everything is gone. Raises EndUnconfirmed if
+        that could not be made sure within about a minute; then it is called again, until it can.
+        """
+        ...
+
+    async def snapshot(self) -> str:
+        """Keep the machine's files; the id for SandboxSpec.snapshot.
+
+        Kernel memory is not in it. Raises BadInput where there is no such thing.
         """
         ...
 
@@ -108,6 +117,13 @@ class Backend(Protocol):
         """
         ...
 
+    async def price(self, spec: SandboxSpec) -> Price | None:
+        """What such a machine costs, asked before it is started; None where nothing is billed.
+
+        Raises BadInput for a spec that this backend cannot serve.
+        """
+        ...
+
     async def clear(self, handle: str) -> None:
         """End whatever runs under this handle and free what it held.
 
@@ -136,7 +152,9 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS = {"local": ".local:LocalBackend"}
+BACKENDS = {
+    "local": ".local:LocalBackend",
+}
 
 
 def open_backend(name: str, config: Config) -> Backend:

@@ -31,6 +31,7 @@ from ..files import private_dir, write_json
 from ..kernel_host import limits
 from ..kernel_host.fault import fault_point, in_host
 from ..kernel_host.folder import Folder, replace
+from ..money import Price
 from . import Place, Progress, Record, identity
 
 # In the environment of every process of a sandbox:
@@ -111,6 +112,13 @@ class LocalSandbox:
             await asyncio.sleep(0.02)
         await asyncio.to_thread(limits.remove, self._groups)
         shutil.rmtree(self._socket.parent, ignore_errors=True)
+
+    async def snapshot(self) -> str:
+        raise BadInput(
+            "sandbox",
+            self._handle,
+            "a local sandbox's files stay where they are; it has no snapshots",
+        )
 
     def record(self) -> Record:
         return self._record
@@ -199,8 +207,14 @@ class LocalBackend:
                 "python", python, "no such program; give the path of a Python interpreter"
             )
         self._check_room(place.runtime_dir)
-        prefix = [] if spec.network else limits.without_network()
-        if not spec.network and not prefix:
+        if isinstance(spec.network, tuple) and not spec.blocked:
+            raise BadInput(
+                "network",
+                list(spec.network),
+                "a local sandbox cannot tell domains apart; use true, false, or another backend",
+            )
+        prefix = limits.without_network() if spec.blocked else []
+        if spec.blocked and not prefix:
             raise BadInput(
                 "network",
                 spec.network,
@@ -345,6 +359,9 @@ class LocalBackend:
                 str(runtime),
                 f"too long for a socket ({limit} bytes); set XDG_RUNTIME_DIR to a shorter one",
             )
+
+    async def price(self, spec: SandboxSpec) -> Price | None:
+        return None
 
     async def find(self, record: Record) -> LocalSandbox | None:
         sandbox = LocalSandbox(self._instance, record)
