@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,6 +39,9 @@ class Place:
     """Import name -> file or folder that the kernel can import."""
     owner: str = ""
     """Who started it, for sweep."""
+    secrets: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+    """Values of the spec's secrets that were found on this side, by name; they go into the kernel's
+    environment and nowhere else."""
 
 
 class Sandbox(Protocol):
