@@ -8,7 +8,6 @@ can be found without a record.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import shutil
@@ -29,16 +28,13 @@ from ..environment import SandboxSpec
 from ..errors import BadInput, NotFound, SandboxStartFailed, SandboxUnreachable
 from ..files import private_dir, write_json
 from ..kernel_host import limits
-from ..kernel_host.fault import fault_point, in_host
+from ..kernel_host.fault import fault_point
 from ..kernel_host.folder import Folder, replace
 from ..money import Price
-from . import Place, Progress, Record, identity
+from . import Place, Progress, Record, hosting, identity
+from .hosting import INSTANCE, LINE_LIMIT, MARK, There
 
-# In the environment of every process of a sandbox:
-MARK = "SEER_MCP_SANDBOX"  # its handle
-INSTANCE = "SEER_MCP_INSTANCE"  # whose it is: a digest of the state folder
-LINE_LIMIT = 256 * 1024 * 1024
-START_SECONDS = 30.0
+START_SECONDS = hosting.START_SECONDS
 MEANS = limits.MEANS
 PROCESSES = max(512, 16 * (os.cpu_count() or 1))
 COPY_PIECE = 1 << 20
@@ -197,8 +193,7 @@ def make_private(folder: Path) -> None:
 class LocalBackend:
     def __init__(self, config: Config) -> None:
         self._config = config
-        real = os.path.realpath(config.state_dir)
-        self._instance = hashlib.sha256(os.fsencode(real)).hexdigest()[:12]
+        self._instance = hosting.instance_of(config)
 
     async def start(self, spec: SandboxSpec, place: Place, report: Progress) -> LocalSandbox:
         python = spec.python or self._config.python
@@ -236,32 +231,29 @@ class LocalBackend:
             link = packs / (name if source.is_dir() else f"{name}.py")
             link.unlink(missing_ok=True)
             link.symlink_to(source)
-        marks = {MARK: place.handle, INSTANCE: self._instance}
-        base = {**self._config.sandbox_env, **spec.env, **marks}
-        # `python` in a cell or command is the kernel's own.
-        found = str(Path(str(shutil.which(python))).absolute().parent)
-        base["PATH"] = os.pathsep.join(filter(None, [found, base.get("PATH")]))
-        path = [str(packs), *filter(None, [spec.env.get("PYTHONPATH")])]
         plan = limits.prepare(
             self._group(place.handle), spec.memory, spec.processes or PROCESSES, MEANS
         )
-        config = {
-            "owner": place.owner,
-            "limits": {**plan, "prefix": prefix},
-            "directory": str(folder),
-            "ipc_directory": str(runtime),
-            "socket": str(runtime / "host"),
-            "cwd": str(place.work_dir),
-            "protected": [str(p) for p in place.protected],
-            "env": {**base, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"},
-            "idle_limit": spec.idle_limit or self._config.idle_limit,
-            "end_at": time.time() + spec.lifetime if spec.lifetime else None,
-            "output_cap": self._config.output_cap,
-            "kernel_timeout": START_SECONDS - 5,
-            "fault": self._config.fault if in_host(self._config.fault) else "",
-        }
+        there = There(
+            str(folder),
+            str(runtime),
+            str(place.work_dir),
+            str(packs),
+            [str(path) for path in place.protected],
+        )
+        config = hosting.host_config(
+            self._config,
+            spec,
+            place,
+            there,
+            base=self._config.sandbox_env,
+            limits={**plan, "prefix": prefix},
+            kernel_timeout=START_SECONDS - 5,
+        )
+        # The host needs what a kernel does to start (HOME, LD_LIBRARY_PATH, …), and hands the secrets on.
+        env = {**config["env"], **place.secrets}
         try:
-            return await self._launch(python, base, config, place.handle, report)
+            return await self._launch(python, env, config, place.handle, report)
         except BaseException:
             shutil.rmtree(runtime, ignore_errors=True)
             limits.remove(plan["groups"])

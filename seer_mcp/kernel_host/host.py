@@ -70,9 +70,20 @@ class Run:
         return self.state not in ("queued", "running")
 
 
+def environment(config: Dict[str, Any]) -> Dict[str, str]:
+    """What the kernel and the commands find in theirs; the host's own has the secrets."""
+    env: Dict[str, str] = dict(os.environ) if config.get("inherit") else {}
+    env.update(config["env"])
+    env.update((name, os.environ[name]) for name in config.get("secrets", []))
+    # `python` in a cell or command is the kernel's own.
+    first = os.path.dirname(os.path.abspath(sys.executable))
+    env["PATH"] = os.pathsep.join(filter(None, [first, env.get("PATH")]))
+    return env
+
+
 class Host:
     def __init__(self, config: Dict[str, Any]) -> None:
-        self.config = config
+        self.config = config = {**config, "env": environment(config)}
         self.directory: str = config["directory"]
         self.output_cap: int = config.get("output_cap", 200_000_000)
         self.journal = Journal(os.path.join(self.directory, "journal.jsonl"))
@@ -90,6 +101,10 @@ class Host:
         self.how = ""  # it died, or did not start
         self.stderr = ""
         self.generation = 0
+        self.idle_limit: Optional[float] = config.get("idle_limit")
+        self.end_at: Optional[float] = config.get("end_at")
+        if config.get("lifetime"):  # by this machine's clock: the server's may be another
+            self.end_at = time.time() + config["lifetime"]
         self.heard = time.monotonic()
         self.grew = asyncio.Event()
         self.closing = asyncio.Event()
@@ -165,15 +180,13 @@ class Host:
 
     async def _tick(self) -> None:
         """The lease, and the reaping of orphans."""
-        idle_limit = self.config.get("idle_limit")
-        end_at = self.config.get("end_at")
         while True:
             await asyncio.sleep(1.0)
             if self.busy:
                 self.heard = time.monotonic()
-            if idle_limit and time.monotonic() - self.heard > idle_limit:
-                self.close("idle for %d s" % idle_limit)
-            if end_at and time.time() > end_at:
+            if self.idle_limit and time.monotonic() - self.heard > self.idle_limit:
+                self.close("idle for %d s" % self.idle_limit)
+            if self.end_at and time.time() > self.end_at:
                 self.close("its lifetime is over")
             self._reap()
 
@@ -596,7 +609,8 @@ class Host:
             "commands": sorted(self.commands.running),
             "last": self.journal.last,
             "idle_for": 0.0 if self.busy else time.monotonic() - self.heard,
-            "idle_limit": self.config.get("idle_limit"),
+            "idle_limit": self.idle_limit,
+            "end_at": self.end_at,
             "limits": self.limits.described(),
         }
 
