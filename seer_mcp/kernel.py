@@ -37,6 +37,7 @@ REPEATABLE = frozenset(
         "read_file",
         "list_files",
         "stop",
+        "extend",
     ]
 )
 PING_SECONDS = 15.0
@@ -83,6 +84,7 @@ ANSWERS: dict[str, dict[str, type]] = {
     "runs": {"runs": list},
     "command": {"runs": list},
     "interrupt": {"waiting": int},
+    "extend": {"now": float},
     "restart": {"kernel": str, "how": str, "stderr": str},
     "read_file": {"data": str, "size": int},
     "write_file": {"path": str},

@@ -1,41 +1,44 @@
 """A bridge from stdin and stdout to the host's socket, for machines that are reached by a command.
 
-python -m kernel_host.attach SOCKET
+python -m kernel_host.attach SOCKET [SECONDS]
 
-It ends when either side closes, or when nothing came from stdin for a while: a client sends a ping
-every 15 s, so then there is none any more.
+It ends when either side closes, or when nothing came from stdin for that long (60 s): a client sends
+a ping every 15 s, so then there is none any more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import select
 import sys
 
 SILENCE_SECONDS = 60.0
-PIECE = 64 * 1024
+PIECE = 1024 * 1024
+NO_HOST = 3  # the exit code that says so
 
 
 async def bridge(address: str, silence: float = SILENCE_SECONDS) -> int:
     try:
-        reader, writer = await asyncio.open_unix_connection(address)
+        reader, writer = await asyncio.open_unix_connection(address, limit=PIECE)
     except OSError as error:
         print("no kernel host at %s: %s" % (address, error), file=sys.stderr)
-        return 3
+        return NO_HOST
     loop = asyncio.get_running_loop()
-    given = asyncio.StreamReader()
+    given = asyncio.StreamReader(limit=PIECE)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(given), sys.stdin)
 
     async def inwards() -> None:
         while True:
             try:
                 data = await asyncio.wait_for(given.read(PIECE), silence)
+                if not data:
+                    return
+                writer.write(data)
+                # A host that takes nothing must not keep us from noticing that nobody is there.
+                await asyncio.wait_for(writer.drain(), silence)
             except asyncio.TimeoutError:
                 return
-            if not data:
-                return
-            writer.write(data)
-            await writer.drain()
 
     async def outwards() -> None:
         while True:
@@ -55,12 +58,19 @@ async def bridge(address: str, silence: float = SILENCE_SECONDS) -> int:
 
 
 def _write(data: bytes) -> None:
+    out = sys.stdout.fileno()
     while data:
-        data = data[os.write(sys.stdout.fileno(), data) :]
+        try:
+            data = data[os.write(out, data) :]
+        except (
+            BlockingIOError
+        ):  # one socket for both directions, as sshd gives: reading set its mode
+            select.select([], [out], [])
 
 
 def main() -> None:
-    code = asyncio.new_event_loop().run_until_complete(bridge(sys.argv[1]))
+    silence = float(sys.argv[2]) if len(sys.argv) > 2 else SILENCE_SECONDS
+    code = asyncio.new_event_loop().run_until_complete(bridge(sys.argv[1], silence))
     os._exit(code)  # a write that nobody reads must not keep the bridge here
 
 

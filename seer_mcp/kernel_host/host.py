@@ -11,6 +11,7 @@ import asyncio
 import collections
 import ctypes
 import json
+import math
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ from .events import (
 from .fault import fault_point
 from .folder import Folder
 from .journal import Journal
+from .keep import keep
 from .kernel import Kernel, KernelFailedToStart, Message, came_from_kernel, descendants, end_all
 from .limits import WATCH_SECONDS, Limits, remove
 
@@ -102,9 +104,11 @@ class Host:
         self.stderr = ""
         self.generation = 0
         self.idle_limit: Optional[float] = config.get("idle_limit")
-        self.end_at: Optional[float] = config.get("end_at")
+        self.hard_end_at: Optional[float] = config.get("hard_end_at")
+        self.end_at: Optional[float] = None
         if config.get("lifetime"):  # by this machine's clock: the server's may be another
-            self.end_at = time.time() + config["lifetime"]
+            self._end_at(time.time() + config["lifetime"])
+        self._end_at(config.get("end_at"))
         self.heard = time.monotonic()
         self.grew = asyncio.Event()
         self.closing = asyncio.Event()
@@ -146,6 +150,9 @@ class Host:
         self._emit({"type": "closing", "why": self.config["why_closed"]})
         await asyncio.sleep(0.2)  # readers that are there get the last lines
         await self._end_everything()
+        if self.config.get("keep"):
+            log = os.path.join(self.directory, "host.log")
+            await loop.run_in_executor(None, keep, self.journal, log, self.config["keep"])
         os.unlink(address)
         return 0
 
@@ -159,6 +166,20 @@ class Host:
             self._reap()
             await asyncio.sleep(0.01)
         remove(self.limits.plan["groups"])
+
+    def _end_at(self, moment: Optional[float]) -> None:
+        """Let the sandbox end then, or when the machine does if that comes before."""
+        known = [m for m in (moment, self.hard_end_at) if m is not None]
+        if known:
+            self.end_at = min(known)
+
+    def _lease(self) -> Event:
+        return {
+            "now": time.time(),
+            "end_at": self.end_at,
+            "hard_end_at": self.hard_end_at,
+            "idle_limit": self.idle_limit,
+        }
 
     def close(self, why: str) -> None:
         self.config.setdefault("why_closed", why)
@@ -609,8 +630,7 @@ class Host:
             "commands": sorted(self.commands.running),
             "last": self.journal.last,
             "idle_for": 0.0 if self.busy else time.monotonic() - self.heard,
-            "idle_limit": self.idle_limit,
-            "end_at": self.end_at,
+            **self._lease(),
             "limits": self.limits.described(),
         }
 
@@ -644,6 +664,23 @@ class Host:
 
     async def op_list_files(self, request: Event) -> Event:
         return self.folder.list(request.get("path", "."))
+
+    async def op_extend(self, request: Event) -> Event:
+        """Move the lease's end: `end_at` (this machine's clock) or `lifetime` (seconds from now),
+        and `idle_limit`. Nothing moves the end of the machine itself."""
+        numbers = {name: request.get(name) for name in ("end_at", "lifetime", "idle_limit")}
+        given = {name: float(value) for name, value in numbers.items() if value is not None}
+        if not given or not all(0 < value < math.inf for value in given.values()):
+            raise ValueError("extend needs end_at, lifetime or idle_limit, each above 0")
+        end_at = given.get("end_at", 0.0) or time.time() + given.get("lifetime", math.inf)
+        if end_at < time.time():
+            raise ValueError("end_at lies in the past of this machine's clock")
+        if self.closing.is_set():
+            raise Refused("closing", "the sandbox is ending: %s" % self.config["why_closed"])
+        if end_at < math.inf:
+            self._end_at(end_at)
+        self.idle_limit = given.get("idle_limit", self.idle_limit)
+        return self._lease()
 
     async def op_stop(self, request: Event) -> Event:
         self.close(request.get("why", "stopped"))

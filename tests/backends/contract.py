@@ -1072,6 +1072,37 @@ async def a_lifetime_ends_a_sandbox_that_works(bench: Bench) -> None:
 
 
 @check
+async def the_end_of_a_sandbox_can_be_moved(bench: Bench) -> None:
+    box = await bench.start(lifetime=4)
+    first = await box.status()
+    assert first["end_at"] <= first["now"] + 4 and first["idle_limit"] > 0
+    moved = await box.link.request("extend", lifetime=600, idle_limit=1234)
+    assert moved["end_at"] > first["end_at"] + 500 and moved["idle_limit"] == 1234
+    (id,) = await box.submit("import time\ntime.sleep(60)")
+    while (now := await box.status())["now"] < first["end_at"] + 1.5:
+        await asyncio.sleep(0.1)
+    assert now["active"] == id and now["end_at"] == moved["end_at"] and box.gone is None
+    await box.link.request("extend", end_at=now["now"] + 1)
+    await box.until(lambda: box.gone)
+    assert (await box.over(id)).state == "expired"
+    await bench.gone(box)
+    await box.link.close()
+
+
+@check
+async def an_end_that_makes_no_sense_is_refused(bench: Bench) -> None:
+    box = await bench.box()
+    before = await box.status()
+    for wrong in ({}, {"lifetime": 0}, {"idle_limit": -1}, {"lifetime": float("nan")}):
+        await refused(box.link.request("extend", **wrong), SeerError, "above 0")
+    await refused(box.link.request("extend", end_at=before["now"] - 60), SeerError, "past")
+    after = await box.status()
+    assert [after[k] for k in ("end_at", "idle_limit")] == [
+        before[k] for k in ("end_at", "idle_limit")
+    ]
+
+
+@check
 async def an_unused_sandbox_ends_and_a_used_one_does_not(bench: Bench) -> None:
     idle, used, busy = await asyncio.gather(*(bench.start(idle_limit=3) for _ in range(3)))
 
