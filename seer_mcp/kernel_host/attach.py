@@ -1,9 +1,10 @@
 """A bridge from stdin and stdout to the host's socket, for machines that are reached by a command.
 
-python -m kernel_host.attach SOCKET [SECONDS]
+python -m kernel_host.attach SOCKET [SILENCE [PATIENCE]]
 
-It ends when either side closes, or when nothing came from stdin for that long (60 s): a client sends
-a ping every 15 s, so then there is none any more.
+It ends when either side closes, or when nothing came from stdin for SILENCE seconds (60): a client
+sends a ping every 15 s, so then there is none any more. With PATIENCE it waits so many seconds for a
+host that is starting, and says with an empty line that it has reached one.
 """
 
 from __future__ import annotations
@@ -12,18 +13,29 @@ import asyncio
 import os
 import select
 import sys
+import time
+from typing import Optional
 
 SILENCE_SECONDS = 60.0
 PIECE = 1024 * 1024
 NO_HOST = 3  # the exit code that says so
 
 
-async def bridge(address: str, silence: float = SILENCE_SECONDS) -> int:
-    try:
-        reader, writer = await asyncio.open_unix_connection(address, limit=PIECE)
-    except OSError as error:
-        print("no kernel host at %s: %s" % (address, error), file=sys.stderr)
-        return NO_HOST
+async def bridge(
+    address: str, silence: float = SILENCE_SECONDS, patience: Optional[float] = None
+) -> int:
+    end = time.monotonic() + (patience or 0.0)
+    while True:
+        try:
+            reader, writer = await asyncio.open_unix_connection(address, limit=PIECE)
+            break
+        except OSError as error:
+            if time.monotonic() > end:
+                print("no kernel host at %s: %s" % (address, error), file=sys.stderr)
+                return NO_HOST
+            await asyncio.sleep(0.02)
+    if patience is not None:
+        _write(b"\n")
     loop = asyncio.get_running_loop()
     given = asyncio.StreamReader(limit=PIECE)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(given), sys.stdin)
@@ -70,7 +82,8 @@ def _write(data: bytes) -> None:
 
 def main() -> None:
     silence = float(sys.argv[2]) if len(sys.argv) > 2 else SILENCE_SECONDS
-    code = asyncio.new_event_loop().run_until_complete(bridge(sys.argv[1], silence))
+    patience = float(sys.argv[3]) if len(sys.argv) > 3 else None
+    code = asyncio.new_event_loop().run_until_complete(bridge(sys.argv[1], silence, patience))
     os._exit(code)  # a write that nobody reads must not keep the bridge here
 
 
