@@ -5,6 +5,7 @@ SeerError
 ├── BadInput            an argument that cannot be used
 │   └── PathRefused     a path that leaves its folder
 ├── Conflict            something else already has it
+├── BudgetSpent         what may be spent is spent
 ├── KernelUnavailable   the kernel cannot run anything now
 │   ├── KernelDead      it died; restart_kernel starts an empty one
 │   └── KernelStartFailed
@@ -70,6 +71,16 @@ class PathRefused(BadInput):
 
 class Conflict(SeerError):
     pass
+
+
+class BudgetSpent(SeerError):
+    """The budget of `whose` does not last for another sandbox; `used` says what of it is used."""
+
+    def __init__(self, whose: str, used: str, limit: str) -> None:
+        super().__init__(
+            f"No sandbox that costs money is started: the budget of {whose} is used up ({used}). End one that runs "
+            f"with stop_sandbox, wait for the next period, or let the operator raise it (--budget, now {show(limit)})."
+        )
 
 
 class KernelUnavailable(SeerError):

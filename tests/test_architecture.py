@@ -24,7 +24,7 @@ FLOORS = [
     ["catalogue"],
     ["notebook", "kernel", "packs", "environment", "config"],
     ["ipynb", "observe"],
-    ["audit"],
+    ["audit", "spend"],
     ["render"],
     ["outputs", "logs"],
     ["errors", "files", "money", "sharedfile", "text", "merge", "versions", "kernel_host"],
