@@ -106,9 +106,9 @@ class Host:
         self.idle_limit: Optional[float] = config.get("idle_limit")
         self.hard_end_at: Optional[float] = config.get("hard_end_at")
         self.end_at: Optional[float] = None
-        if config.get("lifetime"):  # by this machine's clock: the server's may be another
-            self._end_at(time.time() + config["lifetime"])
-        self._end_at(config.get("end_at"))
+        # A lifetime is by this machine's clock: the server's may be another.
+        lifetime_over = time.time() + config["lifetime"] if config.get("lifetime") else None
+        self._end_at(lifetime_over, config.get("end_at"))
         self.heard = time.monotonic()
         self.grew = asyncio.Event()
         self.closing = asyncio.Event()
@@ -167,9 +167,9 @@ class Host:
             await asyncio.sleep(0.01)
         remove(self.limits.plan["groups"])
 
-    def _end_at(self, moment: Optional[float]) -> None:
-        """Let the sandbox end then, or when the machine does if that comes before."""
-        known = [m for m in (moment, self.hard_end_at) if m is not None]
+    def _end_at(self, *moments: Optional[float]) -> None:
+        """Let the sandbox end at the first of them, or when the machine does if that is before."""
+        known = [m for m in (*moments, self.hard_end_at) if m is not None]
         if known:
             self.end_at = min(known)
 

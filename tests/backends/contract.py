@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,8 @@ from seer_mcp.kernel import Event, Link
 
 SECRET = "value-of-a-secret-9f31"  # in the env of the shared sandboxes, under SECRET_NAME
 SECRET_NAME = "CONTRACT_TOKEN"
+HIDDEN = "value-of-a-place-52ab"  # among the secrets of the shared sandboxes, under HIDDEN_NAME
+HIDDEN_NAME = "CONTRACT_HIDDEN"
 CANARY = "SEER_CONTRACT_CANARY"  # in the environment of the server, where it must stay
 OUTPUT_CAP = 2_000_000  # bytes; the harness configures its backends with it
 PACK = "contract_pack"  # a module with ANSWER = 42 in it, among the packs of every Place
@@ -204,9 +206,14 @@ class Bench:
     boxes: dict[str, Box] = field(default_factory=dict[str, Box])
     started: list[Box] = field(default_factory=list[Box])
 
-    async def start(self, *, owner: str = "", ready: bool = True, **changes: Any) -> Box:
+    async def start(
+        self, *, owner: str = "", ready: bool = True, hidden: str = "", **changes: Any
+    ) -> Box:
         """A sandbox for one check, which ends it."""
         place = self.harness.place("c-" + secrets.token_hex(4), owner)
+        if hidden:
+            place = replace(place, secrets={HIDDEN_NAME: hidden})
+            changes["secrets"] = (HIDDEN_NAME,)
         reports: list[str] = []
         sandbox = await self.harness.backend.start(
             self.harness.spec(**changes), place, reports.append
@@ -219,7 +226,7 @@ class Bench:
         """A shared sandbox with a kernel that lives and has nothing to do."""
         if name not in self.boxes:
             env = {SECRET_NAME: SECRET, "WHICH": name}
-            self.boxes[name] = await self.start(owner="contract", env=env)
+            self.boxes[name] = await self.start(owner="contract", env=env, hidden=HIDDEN)
         box = self.boxes[name]
         if box.kernel() == "dead":
             await box.link.request("restart", timeout=60)
@@ -324,6 +331,23 @@ async def the_kernel_has_the_environment_of_its_spec(bench: Bench) -> None:
     box = await bench.box()
     assert await box.value(f"__import__('os').environ['{SECRET_NAME}']") == SECRET
     assert (await box.command(f"printf %s ${SECRET_NAME}")).text() == SECRET
+
+
+@check
+async def secrets_are_in_the_environment_and_in_no_record(bench: Bench) -> None:
+    box = await bench.box()
+    assert await box.value(f"__import__('os').environ['{HIDDEN_NAME}']") == HIDDEN
+    assert (await box.command(f"printf %s ${HIDDEN_NAME}")).text() == HIDDEN
+    told = [box.sandbox.record(), await bench.harness.backend.sweep(""), await box.status()]
+    assert HIDDEN not in json.dumps(told) and HIDDEN not in box.sandbox.log()
+    assert not [report for report in box.reports if HIDDEN in report]
+
+
+@check
+async def a_restarted_kernel_has_the_secrets_too(bench: Bench) -> None:
+    box = await bench.box("two")
+    await box.link.request("restart", timeout=60)
+    assert await box.value(f"__import__('os').environ['{HIDDEN_NAME}']") == HIDDEN
 
 
 @check

@@ -24,7 +24,7 @@ from seer_mcp.environment import SandboxSpec
 from seer_mcp.kernel_host import limits
 
 from ..support import config_for
-from .contract import CANARY, CHECKS, OUTPUT_CAP, PACK, SLEEPS, Bench, Check
+from .contract import CANARY, CHECKS, HIDDEN, OUTPUT_CAP, PACK, SLEEPS, Bench, Check
 
 pytestmark = pytest.mark.anyio
 
@@ -147,6 +147,14 @@ async def bench(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Bench
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 async def test_contract(bench: Bench, check: Check) -> None:
     await check(bench)
+
+
+async def test_no_file_holds_a_secret(bench: Bench) -> None:
+    box = await bench.box()
+    files = [path for path in box.place.state_dir.rglob("*") if path.is_file()]
+    assert box.place.state_dir / "host.json" in files
+    holders = [path.name for path in files if HIDDEN.encode() in path.read_bytes()]
+    assert holders in ([], ["journal.jsonl"])  # where a check has printed it
 
 
 def test_the_contract_is_whole() -> None:
