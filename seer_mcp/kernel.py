@@ -261,7 +261,7 @@ class Link:
             try:
                 reader, writer = await self._dial()
             except SandboxUnreachable:
-                if (why := await self._is_gone()) is not None:
+                if (why := await self._why_gone()) is not None:
                     self._lose(why)
                     return
                 await asyncio.sleep(pause)
@@ -286,6 +286,13 @@ class Link:
             else:  # it takes the connection and says nothing that can be understood
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 5.0)
+
+    async def _why_gone(self) -> str | None:
+        """Why the machine is gone for good; None while it is there, or while nobody can tell."""
+        try:
+            return await self._is_gone()
+        except SandboxUnreachable:  # who could tell is away as well
+            return None
 
     async def _talk(self, reader: StreamReader, writer: StreamWriter) -> None:
         self._send(writer, {"id": 0, "op": "subscribe", "from": self._events.next})
