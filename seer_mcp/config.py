@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from platformdirs import user_state_path
+from platformdirs import user_cache_path, user_state_path
 
 from .files import writable
+from .money import Allowance, parse_allowance
+from .redact import Redactor
+from .secret import Secrets
 
 # What a sandbox's processes get of our environment. Everything else, secrets above all, stays here.
 PASSED = frozenset(
@@ -62,6 +65,27 @@ PASSED = frozenset(
         "REQUESTS_CA_BUNDLE",
     ]
 )
+# What the process that fetches models gets. It alone is given HF_TOKEN.
+FOR_FETCHING = frozenset(
+    [
+        "PATH",
+        "HOME",
+        "LANG",
+        "TMPDIR",
+        "LD_LIBRARY_PATH",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "REQUESTS_CA_BUNDLE",
+        "HF_ENDPOINT",
+        "HF_HOME",
+        "HF_TOKEN",
+        "HF_TOKEN_PATH",
+        "HF_HUB_OFFLINE",
+        "HF_HUB_DOWNLOAD_TIMEOUT",
+        *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+        *("http_proxy", "https_proxy", "all_proxy", "no_proxy"),
+    ]
+)
 NEVER_PASSED = ("MODAL_", "MCP_", "SEER_MCP_", "CLAUDE", "ANTHROPIC")
 
 
@@ -77,8 +101,18 @@ class Config:
     """Records of sandboxes (0700)."""
     runtime_dir: Path
     """Sockets (0700); a short path, because a socket's address has about 100 characters."""
-    sandbox_env: Mapping[str, str] = field(default_factory=dict[str, str])
+    sandbox_env: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
     """The environment of sandboxes."""
+    models_dir: Path = field(default_factory=lambda: user_cache_path("seer-mcp") / "models")
+    """Where fetched models are kept, for all local sandboxes."""
+    fetch_env: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
+    """The environment of the process that fetches models. It may hold HF_TOKEN, and goes nowhere else."""
+    secrets: Secrets = field(default_factory=Secrets, repr=False)
+    """Where the values of secrets are found that a sandbox names."""
+    redactor: Redactor = field(default_factory=Redactor, repr=False, compare=False)
+    """What must not be shown. It learns: whoever comes to know a secret's value tells it."""
+    allowances: tuple[Allowance, ...] = ()
+    """What all sandboxes of the state folder together may cost."""
     packs: tuple[Path, ...] = ()
     """Folders of the user's own packs."""
     notebook_roots: tuple[Path, ...] = ()
@@ -115,6 +149,7 @@ def from_environment(
     *,
     outputs: str | None = None,
     state: str | None = None,
+    models: str | None = None,
     packs: tuple[str, ...] = (),
     notebook_roots: tuple[str, ...] = (),
     pass_env: tuple[str, ...] = (),
@@ -124,6 +159,7 @@ def from_environment(
     output_cap: int | None = None,
     on_exit: Literal["keep", "stop"] = "keep",
     audit_code: int | None = None,
+    budgets: tuple[str, ...] = (),
 ) -> Config:
     """The Config of this process. Flags win over environment variables, these over defaults."""
     project = Path(environ.get("CLAUDE_PROJECT_DIR") or cwd)
@@ -136,6 +172,9 @@ def from_environment(
         for name, value in environ.items()
         if (name in PASSED or name in pass_env) and not name.startswith(NEVER_PASSED)
     }
+    models_dir = models or environ.get("SEER_MCP_MODELS") or user_cache_path("seer-mcp") / "models"
+    secrets = Secrets(environ, project.absolute() / ".env")
+    limits = budgets or tuple(filter(None, environ.get("SEER_MCP_BUDGET", "").split(",")))
     defaults = Config(project, outputs_dir, state_dir, Path(runtime))
     return Config(
         project_dir=project.resolve(),
@@ -143,6 +182,11 @@ def from_environment(
         state_dir=state_dir.absolute(),
         runtime_dir=Path(runtime) / f"seer-mcp-{os.getuid()}",
         sandbox_env=passed,
+        models_dir=Path(models_dir).absolute(),
+        fetch_env={name: value for name, value in environ.items() if name in FOR_FETCHING},
+        secrets=secrets,
+        redactor=Redactor(secrets.known()),
+        allowances=tuple(parse_allowance(limit) for limit in limits),
         packs=tuple(Path(p).absolute() for p in packs),
         notebook_roots=tuple(Path(p).absolute() for p in notebook_roots),
         python=python or environ.get("SEER_MCP_PYTHON") or sys.executable,

@@ -13,6 +13,7 @@ SeerError
 │   ├── SandboxUnreachable   it may come back
 │   ├── SandboxLost          it is gone
 │   └── SandboxStartFailed
+├── ModelUnavailable    a model of the hub that could not be fetched
 ├── NotebookUnreadable  the file is not a notebook that can be opened without losing something
 ├── NotebookNotSaved    the disk refused the document (nothing is lost: the journal has it)
 └── PackError           a pack that cannot be read
@@ -138,6 +139,14 @@ class EndUnconfirmed(SandboxUnavailable):
         )
         self.id = id
         self.why = why
+
+
+class ModelUnavailable(SeerError):
+    """A model that is not there, for the reason that `code` names (docs/models.md)."""
+
+    def __init__(self, model: str, code: str, why: str) -> None:
+        super().__init__(f"Model {show(model)} could not be fetched: {why}")
+        self.code = code
 
 
 class NotebookUnreadable(SeerError):

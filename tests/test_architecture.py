@@ -22,12 +22,13 @@ FLOORS = [
     ["sessions"],
     ["backends"],
     ["catalogue"],
-    ["notebook", "kernel", "packs", "environment", "config"],
+    ["notebook", "kernel", "packs", "environment", "config", "model_store"],
     ["ipynb", "observe"],
     ["audit", "spend"],
     ["render"],
     ["outputs", "logs"],
-    ["errors", "files", "money", "sharedfile", "text", "merge", "versions", "kernel_host"],
+    ["secret"],
+    ["errors", "files", "money", "redact", "sharedfile", "text", "merge", "versions", "kernel_host"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 KNOW_MCP = {"tools", "server", "http", "render", "cli", "demo"}

@@ -29,9 +29,19 @@ DTYPES = {
 ORGANISM = "organism:"
 
 
-def adapter_name(path: str) -> str:
-    """The name an adapter gets from its folder: PEFT allows no dots in it."""
-    return Path(path.rstrip("/")).name.replace(".", "_")
+def adapter_name(name: str, path: str) -> str:
+    """The name an adapter gets from its hub id or folder: PEFT allows no dots in it."""
+    source = path if name.startswith(ORGANISM) else name
+    return Path(source.rstrip("/")).name.replace(".", "_")
+
+
+def provided(name: str, revision: str | None) -> str | None:
+    """The folder of a hub model that was put in place before this process started.
+
+    SEER_MODELS in the environment is a JSON object: NAME or NAME@REVISION -> folder.
+    """
+    folders = json.loads(os.environ.get("SEER_MODELS", "{}"))
+    return folders.get(f"{name}@{revision}" if revision else name)
 
 
 def torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -42,8 +52,8 @@ def torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return DTYPES[dtype]
 
 
-def resolve_name(name: str) -> str:
-    """A folder or a hub id; organisms become their folder.
+def resolve_name(name: str, revision: str | None = None) -> str:
+    """A folder or a hub id; organisms and hub models that are in place become their folder.
 
     Raises:
         ModelNotFound: a path that does not exist, or holds no model.
@@ -72,7 +82,7 @@ def resolve_name(name: str) -> str:
             else f"; {path.parent} has {len(beside)} entries"
         )
         raise ModelNotFound(f"no folder {path}{hint}")
-    return name
+    return provided(name, revision) or name
 
 
 def _organism(name: str) -> str:
@@ -98,9 +108,8 @@ def named_adapters(adapter: str | list[str] | dict[str, str] | None) -> dict[str
     if isinstance(adapter, dict):
         named = {name: resolve_name(path) for name, path in adapter.items()}
     else:
-        paths = [resolve_name(path) for path in adapter]
-        named = {adapter_name(path): path for path in paths}
-        if len(named) < len(paths):
+        named = {adapter_name(name, path := resolve_name(name)): path for name in adapter}
+        if len(named) < len(adapter):
             raise ModelError(f"two adapters share a folder name in {adapter}: give a dict of names")
     for name in named:
         if "." in name or not name:

@@ -244,7 +244,7 @@ class Model:
         fit.
         """
         path = resolve_name(folder)
-        name = name or adapter_name(path)
+        name = name or adapter_name(folder, path)
         if name in self.adapters:
             raise ModelError(f"an adapter {name!r} is loaded already: give another name")
         plain = not self.adapters
@@ -386,14 +386,14 @@ def load_model(
     """
     started = time.perf_counter()
     precision = torch_dtype(dtype)
-    path = resolve_name(name)
+    path = resolve_name(name, revision)
     adapters = named_adapters(adapter)
     if (adapter_base := base_of_adapter(path, revision)) is not None:
         if adapters:
             raise ModelError(f"{name!r} is an adapter itself: give the other one to m.add_adapter")
         if base is None and name.startswith(ORGANISM):
             base = f"{ORGANISM}base"
-        adapters = {adapter_name(path): path}
+        adapters = {adapter_name(name, path): path}
         path = resolve_name(base) if base is not None else resolve_base(path, adapter_base)
         model_revision = None  # the revision given is the adapter's
     elif base is not None:
