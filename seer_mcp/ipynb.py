@@ -153,13 +153,19 @@ def parse_notebook(
         if "seer" in cell["metadata"]:
             cell["metadata"]["seer"] = _run_facts(cell["metadata"]["seer"], path)
         cell["source"] = joined(cell["source"])
-        for output in cell.get("outputs", []):
-            if output["output_type"] == "stream":
-                output["text"] = joined(output["text"])
-            for mime, value in output.get("data", {}).items():
-                if isinstance(value, list) and not mime.endswith("json"):
-                    output["data"][mime] = joined(value)
+        join_outputs(cell.get("outputs", []))
     return data["cells"], data["metadata"]
+
+
+def join_outputs(outputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same outputs, their texts in one piece each."""
+    for output in outputs:
+        if output["output_type"] == "stream":
+            output["text"] = joined(output["text"])
+        for mime, value in output.get("data", {}).items():
+            if isinstance(value, list) and not mime.endswith("json"):
+                output["data"][mime] = joined(value)
+    return outputs
 
 
 def _unique_ids(path: Path, cells: list[dict[str, Any]], as_copy: bool) -> None:

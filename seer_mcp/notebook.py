@@ -17,14 +17,15 @@ import os
 import secrets
 import shutil
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import BadInput, NotebookNotSaved, NotebookUnreadable, NotFound
-from .ipynb import as_lines, new_id, parse_notebook, storable
+from .ipynb import as_lines, join_outputs, new_id, parse_notebook, storable
 from .merge import Face, Merge, changed_keys, face_of, give_ids_back, merge, outputs_digest
-from .outputs import Event, Outputs, joined
+from .outputs import Event, Outputs, display_id, joined
 from .sharedfile import Displaced, Stamp, free_name, recover_parts, replace, stamp
 from .versions import Versions, Written
 
@@ -37,6 +38,7 @@ PATIENCE_SECONDS = 10.0  # never wait longer for somebody to finish writing
 MERGES = 5  # in one save; what comes after that is merged by the next
 REMEMBERED = 400  # versions of the file, as far as what a person can change goes
 REMEMBERED_CELLS = 20_000  # that are different from one version to the next, in all of them
+AWAKE = 16  # cells that are ready to take more output after their runs
 TOLD = 50  # notices that wait for the next answer
 
 CellType = Literal["code", "markdown", "raw"]
@@ -45,8 +47,10 @@ CellType = Literal["code", "markdown", "raw"]
 class Cell:
     """One cell: nbformat's dictionary, and its outputs while they may change."""
 
+    __slots__ = ("_data", "_face", "_notebook", "_text", "_written", "outputs", "since")
+
     def __init__(self, data: dict[str, Any], notebook: Notebook) -> None:
-        self.data = data
+        self._data = data
         self.outputs: Outputs | None = None
         self.since: int | None = None
         """From behind which event on its last run can be folded again, if it began in this sandbox."""
@@ -56,21 +60,32 @@ class Cell:
         self._written: Face | None = None  # when it was last made into JSON
 
     @property
+    def data(self) -> dict[str, Any]:
+        if self.kind == "code" and "outputs" not in self._data:  # it rests: they are in its JSON
+            assert self._text is not None
+            self._data["outputs"] = join_outputs(json.loads(self._text)["outputs"])
+        return self._data
+
+    @data.setter
+    def data(self, data: dict[str, Any]) -> None:
+        self._data = data
+
+    @property
     def id(self) -> str:
-        return self.data["id"]
+        return self._data["id"]
 
     @property
     def kind(self) -> CellType:
-        return self.data["cell_type"]
+        return self._data["cell_type"]
 
     @property
     def source(self) -> str:
-        return joined(self.data["source"])
+        return joined(self._data["source"])
 
     @property
     def seer(self) -> dict[str, Any]:
         """What we know of its last run: run, state, started, seconds, why, …"""
-        return self.data["metadata"].get("seer", {})
+        return self._data["metadata"].get("seer", {})
 
     @property
     def state(self) -> str:
@@ -86,6 +101,7 @@ class Cell:
         return self._face
 
     def changed(self) -> None:
+        self._data = self.data  # whole again, before its JSON goes
         self._text = None
         self._notebook.touched()
 
@@ -102,6 +118,24 @@ class Cell:
             files = {i: folder / name for i, name in self.seer.get("files", {}).items()}
             self.outputs = Outputs(self._spill_path, self.data["outputs"], files)
         return self.outputs
+
+    def rest(self) -> None:
+        """Its run was over long ago: its outputs are kept once, in its JSON, until they are wanted."""
+        if self.state in UNFINISHED or self._text is None:
+            return
+        if self.outputs is None or not self.outputs.behind():
+            self.outputs = None
+            self._data.pop("outputs", None)
+
+    def shows(self, display: str | None) -> bool:
+        """Whether displays of that id are among its outputs."""
+        if display is None:
+            return False  # or it would be those of every display without an id
+        if self.outputs is not None:
+            return self.outputs.shows(display)
+        if "outputs" not in self._data and json.dumps(display, ensure_ascii=False).encode() not in (self._text or b""):
+            return False
+        return any(display_id(output) == display for output in self.data.get("outputs", []))
 
     def _spill_path(self, index: int) -> Path:
         run = self.seer.get("run", "old")
@@ -187,6 +221,7 @@ class Notebook:
         self._displaced: list[Displaced] = []
         self._behind: dict[str, Outputs] = {}  # whose output waits for room on the disk
         self._left: set[tuple[str, str]] = set()  # outputs from elsewhere that were not taken
+        self._ended: deque[Cell] = deque()  # whose runs ended last: they may still say something
         self._dirty = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()
@@ -287,7 +322,7 @@ class Notebook:
             return
         if kind == "update":
             for other in self.cells:
-                if other.kind == "code" and other.live().update(event):
+                if other.shows(event.get("display_id")) and other.live().update(event):
                     other.changed()
             return
         if cell is None:
@@ -303,6 +338,9 @@ class Notebook:
                 kept["output_bytes"] = event["output_bytes"]
                 kept["dropped_bytes"] = event["dropped_bytes"]
             cell.note(state=event["state"], seconds=round(event["seconds"], 3), since=None, **kept)
+            self._ended.append(cell)
+            if len(self._ended) > AWAKE:
+                self._ended.popleft().rest()
         elif kind in ("stream", "display", "result", "error", "clear", "capped"):
             cell.live().fold(event)
             self.look_after(f"cell {cell.id}", cell.live())

@@ -44,7 +44,7 @@ _call: ContextVar[Call | None] = ContextVar("seer_mcp_call", default=None)
 _tracer = get_tracer("seer-mcp", __version__)
 
 
-@dataclass
+@dataclass(slots=True)
 class Call:
     """One tool call, as the log, the audit and a run that it began know it."""
 

@@ -250,11 +250,13 @@ class Outputs:
                 "stderr", f"\n[output beyond {event['cap']:,} bytes of this run is not kept]\n"
             )
 
+    def shows(self, display: str) -> bool:
+        """Whether displays of that id are among them."""
+        return any(isinstance(item, dict) and display_id(item) == display for item in self._items)
+
     def update(self, event: Event) -> bool:
         """Replace the displays of the event's display_id; whether there were any."""
         found = False
-        if event.get("display_id") is None:
-            return False  # or it would be that of every display without an id
         for item in self._items:
             if isinstance(item, dict) and display_id(item) == event["display_id"]:
                 item["data"] = bundle(event["data"])

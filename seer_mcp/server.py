@@ -204,6 +204,7 @@ def add_notices(server: SeerServer, register: Register, bus: InMemorySubscriptio
     # session is made anew for each request; the connection behind it is what stays.)
     subscribers: dict[str, WeakSet[Connection]] = {}
     changed: dict[str, float] = {}
+    pending: set[str] = set()
     tasks: set[asyncio.Task[None]] = set()
 
     async def subscribe(context: Any, params: SubscribeRequestParams) -> EmptyResult:
@@ -216,12 +217,13 @@ def add_notices(server: SeerServer, register: Register, bus: InMemorySubscriptio
 
     async def announce(uri: str) -> None:
         await asyncio.sleep(max(0.0, changed[uri] + NOTICE_SECONDS - time.monotonic()))
-        changed[uri] = time.monotonic()
+        changed[uri] = now = time.monotonic()
+        for old in [u for u, when in changed.items() if when + NOTICE_SECONDS < now]:
+            if old not in pending:
+                del changed[old]
         await bus.publish(ResourceUpdated(uri=uri))
         for connection in list(subscribers.get(uri, ())):
             await connection.send_resource_updated(uri)
-
-    pending: set[str] = set()
 
     def soon(uri: str) -> None:
         if uri in pending:

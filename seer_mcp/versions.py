@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .merge import Face
@@ -28,11 +27,11 @@ class Written:
         return {id: face.source for id, face in self.cells.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """How one version leads back to the one before it."""
 
-    cells: Mapping[str, Face | None]
+    cells: tuple[tuple[str, Face | None], ...]
     """Those that were different; None: was not there."""
     order: tuple[str, ...] | None
     """None: the same, without those that were not there."""
@@ -44,7 +43,7 @@ class Step:
 
     def back(self, cells: dict[str, Face]) -> dict[str, Face]:
         """The cells of the version before; may change `cells` itself."""
-        for id, face in self.cells.items():
+        for id, face in self.cells:
             if face is None:
                 del cells[id]
             else:
@@ -57,10 +56,10 @@ def step(newer: Written, older: Written) -> Step:
         id: face for id, face in older.cells.items() if newer.cells.get(id) != face
     }
     changed |= {id: None for id in newer.cells if id not in older.cells}
-    found = Step(changed, None, older.metadata)
+    found = Step(tuple(changed.items()), None, older.metadata)
     if tuple(found.back(dict(newer.cells))) == older.order:
         return found
-    return Step(changed, older.order, older.metadata)
+    return Step(found.cells, older.order, older.metadata)
 
 
 class Versions:

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import secrets
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from ..outputs import Outputs
 from .record import sealed
 
 Heartbeat = Callable[[str], Awaitable[None]]
+KNOWN_RUNS = 64  # of cells, that are over: the last run of a cell is in the notebook as well
 HEARTBEAT_SECONDS = 5.0
 INTERRUPT_SECONDS = 5.0
 FRESH_SECONDS = 0.05  # that a look waits for what was put out before it
@@ -39,7 +41,7 @@ FILE_PIECE = 2_000_000
 SLICE = 0.02  # seconds of folding after which other tasks get a turn
 
 
-@dataclass
+@dataclass(slots=True)
 class RunInfo:
     """One run as this server knows it."""
 
@@ -89,6 +91,7 @@ class Session:
         self.notebook_lock: Lock | None = None
         self.created = created
         self.runs: dict[str, RunInfo] = {}
+        self._past: deque[str] = deque()  # runs of cells that are over, the latest last
         self.kernel_state = "starting"
         self.kernel_how = ""
         self.generation = 0
@@ -345,8 +348,16 @@ class Session:
         run = self.runs.get(id) or (self.run_of(cell) if cell else None)
         if run is not None:
             run.state, run.why = state, why
-            run.over.set()
-            self.on_run_over(self, run)
+            self._over(run)
+
+    def _over(self, run: RunInfo) -> None:
+        run.over.set()
+        self.on_run_over(self, run)
+        run.call = None
+        if run.kind == "cell":
+            self._past.append(run.id)
+            if len(self._past) > KNOWN_RUNS:
+                self.runs.pop(self._past.popleft(), None)
 
     def _own(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task that belongs to the session, not to the call that began it."""
@@ -386,8 +397,7 @@ class Session:
             run.code = event["count"] if run.kind == "command" else None
             if run.outputs:
                 run.outputs.close()
-            run.over.set()
-            self.on_run_over(self, run)
+            self._over(run)
         elif cell is None and run.kind == "command":
             run.outputs = run.outputs or Outputs(
                 lambda i: self.notebook.outputs_dir / f"{id}-{i}.txt"
