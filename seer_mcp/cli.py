@@ -16,6 +16,7 @@ from .config import Config, from_environment
 from .errors import BadInput, SeerError
 from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
+from .model_store.command import add_models, run_models
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,6 +36,11 @@ def parser() -> argparse.ArgumentParser:
         "--state",
         metavar="DIR",
         help="where records of sandboxes are kept (default: the user's state folder)",
+    )
+    common.add_argument(
+        "--models",
+        metavar="DIR",
+        help="where fetched models are kept (default: the user's cache folder)",
     )
     common.add_argument(
         "--packs",
@@ -125,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--only", metavar="CHECK", action="append", default=[], help="make only this check"
     )
+    add_models(commands, common)
     return top
 
 
@@ -136,6 +143,7 @@ def config_of(flags: argparse.Namespace) -> Config:
         Path.cwd(),
         outputs=flags.outputs,
         state=flags.state,
+        models=flags.models,
         packs=tuple(flags.packs),
         notebook_roots=tuple(flags.notebooks),
         pass_env=tuple(flags.pass_env),
@@ -181,7 +189,7 @@ async def run_doctor(config: Config, only: Sequence[str], fix: bool, as_json: bo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    known = ("stdio", "serve", "demo", "doctor", "--version", "--help", "-h")
+    known = ("stdio", "serve", "demo", "doctor", "models", "--version", "--help", "-h")
     if not given or (given[0] not in known and given[0].startswith("-")):
         given.insert(0, "stdio")
     flags = parser().parse_args(given)
@@ -190,9 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .demo import run_demo
 
             return asyncio.run(run_demo(as_json=flags.json, outputs=flags.outputs))
-        log_to_stderr(flags.log_level)
         config = config_of(flags)
+        log_to_stderr(flags.log_level, config.redactor)
         arm_faults(config.fault)
+        if flags.command == "models":
+            return run_models(flags, config)
         if flags.command == "doctor":
             return asyncio.run(run_doctor(config, flags.only, flags.fix, flags.json))
         if flags.command == "serve":
