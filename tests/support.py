@@ -17,8 +17,8 @@ import psutil
 from mcp import Client, StdioServerParameters
 from mcp.types import CallToolResult
 
-from seer_mcp.backends.local import MARK
 from seer_mcp.config import Config, from_environment
+from seer_mcp.kernel_host.identity import MARK
 from seer_mcp.server import build_server
 
 

@@ -21,11 +21,9 @@ from ..config import Config
 from ..environment import SandboxSpec
 from ..errors import BadInput
 from ..kernel_host.fault import in_host
+from ..kernel_host.identity import INSTANCE, MARK
 from . import Place
 
-# In the environment of every process of a sandbox:
-MARK = "SEER_MCP_SANDBOX"  # its handle
-INSTANCE = "SEER_MCP_INSTANCE"  # whose it is: `instance_of` the server's state folder
 START_SECONDS = 30.0  # for the host to answer; its kernel has a little less
 LINE_LIMIT = 256 * 1024 * 1024  # bytes of one line of the host
 CODE = "kernel_host"

@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import sys
@@ -27,12 +26,12 @@ from ..config import Config
 from ..environment import SandboxSpec
 from ..errors import BadInput, NotFound, SandboxStartFailed, SandboxUnreachable
 from ..files import private_dir, write_json
-from ..kernel_host import limits
+from ..kernel_host import identity, limits
 from ..kernel_host.fault import fault_point
 from ..kernel_host.folder import Folder, replace
 from ..money import Price
-from . import Place, Progress, Record, hosting, identity
-from .hosting import INSTANCE, LINE_LIMIT, MARK, There
+from . import Place, Progress, Record, hosting
+from .hosting import LINE_LIMIT, There
 
 START_SECONDS = hosting.START_SECONDS
 MEANS = limits.MEANS
@@ -47,8 +46,6 @@ class LocalSandbox:
         self._handle = str(record["handle"])
         self._socket = Path(record["socket"])
         self._folder = Path(record["folder"])
-        self._pid = int(record["pid"])
-        self._groups = [str(group) for group in record.get("groups", [])]
         self.child: subprocess.Popen[bytes] | None = None
 
     async def dial(self) -> tuple[StreamReader, StreamWriter]:
@@ -95,18 +92,10 @@ class LocalSandbox:
         return Folder(config["cwd"], config["protected"])
 
     async def terminate(self) -> None:
-        if self.alive():
-            send(self._pid, signal.SIGTERM)
-            for _ in range(60):
-                if not self.alive():
-                    break
-                await asyncio.sleep(0.05)
-        if self.alive():
-            send(self._pid, signal.SIGKILL)
-        ours = (self._handle, self._instance, self._groups)
-        while await asyncio.to_thread(kill_all, *ours) or self.alive():
+        # In a thread: once begun it is finished, even if the caller goes.
+        await asyncio.to_thread(identity.end, self._record, self._instance)
+        while self.alive():  # until its number is free
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(limits.remove, self._groups)
         shutil.rmtree(self._socket.parent, ignore_errors=True)
 
     async def snapshot(self) -> str:
@@ -148,37 +137,6 @@ def copy(source: Path, target: str, mode: int) -> None:
 def hosted(folder: Path) -> dict[str, Any]:
     """What the host of a sandbox was told at its start."""
     return json.loads((folder / "host.json").read_text())
-
-
-def marked(instance: str) -> list[tuple[psutil.Process, str]]:
-    """Living processes of this instance's sandboxes, with the handles they carry."""
-    found: list[tuple[psutil.Process, str]] = []
-    for process in psutil.process_iter():
-        try:
-            environ = process.environ()
-            ours = MARK in environ and environ.get(INSTANCE) == instance
-            if ours and process.status() != psutil.STATUS_ZOMBIE:
-                found.append((process, environ[MARK]))
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
-def kill_all(handle: str, instance: str, groups: list[str]) -> int:
-    """SIGKILL every process that carries the sandbox's mark or is in its groups; how many there were."""
-    ours = {process.pid for process, its in marked(instance) if its == handle}
-    ours |= limits.members(groups)
-    for pid in ours:
-        send(pid, signal.SIGKILL)
-    return len(ours)
-
-
-def send(pid: int, number: signal.Signals) -> None:
-    """A signal for a process that may have ended meanwhile."""
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
 
 
 def make_private(folder: Path) -> None:
@@ -366,9 +324,7 @@ class LocalBackend:
 
     async def clear(self, handle: str) -> None:
         groups = await asyncio.to_thread(limits.find_groups, self._group(handle))
-        while await asyncio.to_thread(kill_all, handle, self._instance, groups):
-            await asyncio.sleep(0.02)
-        await asyncio.to_thread(limits.remove, groups)
+        await asyncio.to_thread(identity.clear, handle, self._instance, groups)
         try:
             sockets = hosted(self._config.state_dir / "sandboxes" / handle)["ipc_directory"]
         except FileNotFoundError:
@@ -380,7 +336,7 @@ class LocalBackend:
 
     def _sweep(self, owner: str) -> list[Record]:
         found: dict[str, Record] = {}
-        for process, handle in marked(self._instance):
+        for process, handle in identity.marked(self._instance):
             record = self._record_of(process, handle, owner)
             if record is not None and (handle not in found or record["pid"]):
                 found[handle] = record

@@ -16,10 +16,11 @@ from typing import Any
 import psutil
 
 from ..backends import Backend, Record, open_backend
-from ..backends.local import MARK, hosted
+from ..backends.local import hosted
 from ..environment import SandboxSpec
 from ..errors import SeerError
 from ..files import Lock, private_dir, write_json
+from ..kernel_host.identity import MARK
 from ..logs import held
 from ..packs import Packs
 from ..sessions import Register

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from mcp import Client
 
-from seer_mcp.backends import identity
+from seer_mcp.kernel_host import identity
 from seer_mcp.server import build_server
 from seer_mcp.sessions.record import sealed
 

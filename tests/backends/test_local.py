@@ -19,9 +19,10 @@ import psutil
 import pytest
 
 from seer_mcp.backends import Place, Record, Sandbox
-from seer_mcp.backends.local import LocalBackend, marked
+from seer_mcp.backends.local import LocalBackend
 from seer_mcp.environment import SandboxSpec
 from seer_mcp.kernel_host import limits
+from seer_mcp.kernel_host.identity import marked
 
 from ..support import config_for
 from .contract import CANARY, CHECKS, HIDDEN, OUTPUT_CAP, PACK, SLEEPS, Bench, Check

@@ -25,8 +25,9 @@ import uvicorn
 from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
-from seer_mcp.backends.local import MARK, LocalBackend
+from seer_mcp.backends.local import LocalBackend
 from seer_mcp.http import build_app
+from seer_mcp.kernel_host.identity import MARK
 from seer_mcp.kernel_host.limits import remove
 
 from ..support import Lab, config_for, stdio_parameters
