@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .logs import Log, add_line, as_line, now, open_for_lines
+from .redact import Redactor
 
 VALUE_CHARACTERS = 200
 TURNS, TURN_SECONDS = 50, 0.001
@@ -35,7 +36,7 @@ class Audit:
     def add(self, event: str, **fields: Any) -> str:
         """Write one line; '' or, if that failed, why. The work goes on: the caller says it."""
         head = {"t": now(), "event": event, "server": self._instance, "pid": os.getpid()}
-        lines = as_line({**head, **fields})
+        lines = as_line({**head, **self._log.redactor.value(fields)})
         if self.lost:
             lines = as_line({**head, "event": "lost", "lines": self.lost}) + lines
         try:
@@ -57,8 +58,9 @@ class Audit:
 
     def code(self, text: str) -> dict[str, Any]:
         """What was run: its hash and length, and its text up to the limit."""
-        kept = text[: self._code_characters]
-        return {**digest(text), "code": kept or None, "cut": len(kept) < len(text) or None}
+        clean = self._log.redactor.text(text)  # before it is cut: a part of a value is not found
+        kept = clean[: self._code_characters]
+        return {**digest(text), "code": kept or None, "cut": len(kept) < len(clean) or None}
 
 
 def take_turn(descriptor: int) -> None:
@@ -77,7 +79,9 @@ def digest(text: str) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
 
 
-def described(arguments: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
+def described(
+    arguments: dict[str, Any], known: frozenset[str], redactor: Redactor
+) -> dict[str, Any]:
     """A call's arguments: texts by their hash, other values short, unknown names not at all."""
     told: dict[str, Any] = {}
     for name in sorted(known & arguments.keys()):
@@ -87,5 +91,5 @@ def described(arguments: dict[str, Any], known: frozenset[str]) -> dict[str, Any
         elif isinstance(value, (bool, int, float)):
             told[name] = value
         else:
-            told[name] = str(value)[:VALUE_CHARACTERS]
+            told[name] = redactor.text(str(value))[:VALUE_CHARACTERS]
     return told

@@ -23,6 +23,7 @@ from typing import Any
 
 from .errors import show
 from .files import private_dir
+from .redact import Redactor
 
 LOGGER = logging.getLogger("seer_mcp")
 PART_BYTES = 4_000_000
@@ -77,8 +78,9 @@ def frames(error: BaseException) -> str:
 class Log:
     """The log files of one server. Nothing that goes wrong here reaches a caller."""
 
-    def __init__(self, folder: Path, instance: str) -> None:
+    def __init__(self, folder: Path, instance: str, redactor: Redactor | None = None) -> None:
         self.folder = folder
+        self.redactor = redactor or Redactor()
         self.lost = 0
         """Lines that could not be written since the last that could."""
         self._instance = instance
@@ -109,6 +111,7 @@ class Log:
 
     def write(self, event: str, level: int = logging.INFO, **fields: Any) -> None:
         """One event: a line in the file, and a sentence on stderr if that is asked for this level."""
+        fields = self.redactor.value(fields)
         if LOGGER.isEnabledFor(level):
             told = (f"{k}={show(v)}" for k, v in fields.items() if v is not None)
             LOGGER.log(level, "%s: %s", event, " ".join(told))
@@ -119,7 +122,7 @@ class Log:
         if not self._opened:
             return
         head = {"t": now(), "level": logging.getLevelName(level).lower(), "event": event}
-        line = as_line({**head, "server": self._instance, **fields})
+        line = as_line({**head, "server": self._instance, **self.redactor.value(fields)})
         with self._lock:
             try:
                 self._add(line)
@@ -215,6 +218,13 @@ def held(path: Path) -> bool:
 
 
 class Plain(logging.Formatter):
+    def __init__(self, form: str, redactor: Redactor) -> None:
+        super().__init__(form)
+        self._redactor = redactor
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._redactor.text(super().format(record))
+
     def formatException(self, ei: Any) -> str:
         return frames(ei[1])
 
@@ -255,10 +265,12 @@ class Stderr(logging.Handler):
             time.sleep(0.005)
 
 
-def log_to_stderr(level: str) -> None:
+def log_to_stderr(level: str, redactor: Redactor | None = None) -> None:
     """Our events from `level` on, and warnings of libraries (their debug texts quote messages)."""
     handler = Stderr()
-    handler.setFormatter(Plain("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(
+        Plain("%(asctime)s %(levelname)s %(name)s: %(message)s", redactor or Redactor())
+    )
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.WARNING)
     LOGGER.setLevel(level.upper())

@@ -35,6 +35,7 @@ from opentelemetry.trace import (
 from . import __version__
 from .audit import Audit, described
 from .logs import Log
+from .redact import Redactor
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 FLUSH_SECONDS = 1.0
@@ -111,9 +112,9 @@ async def flush_spans() -> None:
 class Observer:
     """Log, audit and spans of one server."""
 
-    def __init__(self, state_dir: Path, audit_code: int) -> None:
+    def __init__(self, state_dir: Path, audit_code: int, redactor: Redactor | None = None) -> None:
         self.instance = secrets.token_hex(3)
-        self.log = Log(state_dir / "logs", self.instance)
+        self.log = Log(state_dir / "logs", self.instance, redactor)
         self.audit = Audit(state_dir / "audit.jsonl", self.instance, audit_code, self.log)
         self._numbers = count(1)
 
@@ -166,7 +167,7 @@ class Observer:
                 tool=call.tool,
                 owner=owner,
                 client=client,
-                arguments=described(arguments, known),
+                arguments=described(arguments, known, self.log.redactor),
             )
         try:
             yield call

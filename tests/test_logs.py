@@ -32,6 +32,7 @@ from seer_mcp import logs
 from seer_mcp.audit import Audit
 from seer_mcp.logs import Log, prune
 from seer_mcp.observe import Observer, current_call
+from seer_mcp.redact import Redactor
 
 from .faults.ground import ERAS, TOKEN, ground, http_server, raw_server, raw_start
 from .support import Lab, open_lab, stdio_parameters, until
@@ -553,7 +554,8 @@ def test_no_source_output_or_secret_is_on_stderr_at_debug_level(tmp_path: Path) 
 def test_libraries_say_no_more_than_warnings_and_no_text_of_an_exception() -> None:
     code = (
         "import logging, sys; from seer_mcp.logs import LOGGER, log_to_stderr\n"
-        "log_to_stderr('debug'); library = logging.getLogger('mcp.server')\n"
+        "from seer_mcp.redact import Redactor\n"
+        "log_to_stderr('debug', Redactor()); library = logging.getLogger('mcp.server')\n"
         "library.debug('got canary'); library.info('got canary'); library.warning('careful')\n"
         "LOGGER.debug('ours')\n"
         "try: raise ValueError('canary')\n"
@@ -564,7 +566,7 @@ def test_libraries_say_no_more_than_warnings_and_no_text_of_an_exception() -> No
     assert first.endswith("WARNING mcp.server: careful")
     assert second.endswith("DEBUG seer_mcp: ours")
     assert third.endswith("ERROR mcp.server: it failed")
-    assert places == "ValueError at <string>:5"
+    assert places == "ValueError at <string>:6"
 
 
 def test_stderr_is_quiet_unless_asked(tmp_path: Path) -> None:
@@ -591,3 +593,27 @@ async def test_a_client_that_does_not_read_stderr_holds_nothing_up(tmp_path: Pat
     os.close(reading)
     calls = [x for x in log_lines(tmp_path, "call") if x["tool"] == "no_such_tool"]
     assert len(calls) == 200
+
+
+def test_values_of_secrets_are_in_no_log_and_no_audit(tmp_path: Path) -> None:
+    redactor = Redactor({"HF_TOKEN": SECRET})
+    observer = Observer(tmp_path, 40, redactor)
+    observer.open(note=f"begins {SECRET}")
+    arguments = {"name": f"{'x' * 190} {SECRET}", "source": SECRET}
+    known = frozenset(arguments)
+    with observer.call("t", arguments, known=known, changes=True, owner=SECRET, client=None):
+        observer.audit.add("run", **observer.audit.code(f"{'y' * 30} {SECRET}"))
+    observer.log.close()
+    kept = "".join(p.read_text() for p in tmp_path.rglob("*.jsonl"))
+    assert kept.count("[secret HF_TOKEN]") >= 3
+    assert SECRET[:9] not in kept  # nor a part of it, where a text was cut
+    code = (
+        "import os, sys; from seer_mcp.logs import LOGGER, log_to_stderr\n"
+        "from seer_mcp.redact import Redactor\n"
+        "log_to_stderr('debug', Redactor({'HF_TOKEN': sys.argv[1]}))\n"
+        "LOGGER.warning('it is %s', sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, SECRET], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.rstrip().endswith("it is [secret HF_TOKEN]")
