@@ -66,11 +66,13 @@ def build_app(config: Config, host: str, port: int, token: str) -> Starlette:
             host,
             f"only loopback is served ({', '.join(LOOPBACK)}); put a proxy with TLS before it",
         )
+    token = checked_token(token)
+    config.redactor.know({"MCP_TOKEN": token})
     url = f"http://{host}:{port}"
     resource = f"{url}/mcp"
     server = build_server(
         config,
-        token_verifier=OneToken(checked_token(token), resource),
+        token_verifier=OneToken(token, resource),
         auth=AuthSettings(
             issuer_url=AnyHttpUrl(url),
             resource_server_url=AnyHttpUrl(resource),

@@ -39,6 +39,7 @@ from .errors import NotFound, SeerError
 from .kernel_host.fault import fault_point
 from .logs import drain_stderr
 from .packs import Packs
+from .redact import Redactor
 from .sessions import Register, Session
 from .tools import build_tools
 from .tools.seam import (
@@ -49,6 +50,7 @@ from .tools.seam import (
     failure,
     known_failure,
     owner,
+    secret_given,
 )
 
 BUILTIN_PACKS = Path(__file__).parent.parent / "tool_packs"
@@ -91,8 +93,12 @@ class SeerServer(MCPServer[None]):
             owner=owner(),
             client=client_of(context),
         ) as call:
-            answer = await self._answer(tool, name, arguments, context)
+            if named := self.register.config.redactor.found(arguments):
+                answer = failure(secret_given(named))
+            else:
+                answer = await self._answer(tool, name, arguments, context)
             if isinstance(answer, CallToolResult):
+                redact(answer, self.register.config.redactor)
                 call.answered(answer.is_error is True, characters_of(answer))
         if call.note and isinstance(answer, CallToolResult):
             answer.content.append(TextContent(type="text", text=call.note))
@@ -117,7 +123,7 @@ class SeerServer(MCPServer[None]):
                 return failure(argument_errors(tool, error.__cause__))
             known_error = known_failure(error)
             if known_error is None:
-                raise
+                raise ToolError(self.register.config.redactor.text(str(error))) from error
             return failure(str(known_error))
 
     def on_request(self, method: str, params: type[Any], handler: Any) -> None:
@@ -135,6 +141,15 @@ class SeerServer(MCPServer[None]):
             )
             for session in sessions
         ]
+
+
+def redact(answer: CallToolResult, redactor: Redactor) -> None:
+    """Take values of secrets out of an answer: the last guard, behind that of outputs and logs."""
+    for block in answer.content:
+        if isinstance(block, TextContent):
+            block.text = redactor.text(block.text)
+    answer.structured_content = redactor.value(answer.structured_content)
+    answer.meta = redactor.value(answer.meta)
 
 
 def notebook_uri(session: Session) -> str:
@@ -180,13 +195,14 @@ def add_resources(server: MCPServer[None], register: Register) -> None:
     @server.resource("seer://sandboxes/{handle}/notebook", mime_type="application/x-ipynb+json")
     async def notebook(handle: str) -> str:
         """The notebook of a sandbox, as it is now."""
-        return (await _found(register, handle)).notebook.text()
+        return register.config.redactor.text((await _found(register, handle)).notebook.text())
 
     @server.resource("seer://sandboxes/{handle}/cells/{cell}", mime_type="application/json")
     async def cell(handle: str, cell: str) -> str:
         """One cell of a notebook with its outputs."""
         try:
-            return (await _found(register, handle)).notebook.cell(cell).json()
+            found = (await _found(register, handle)).notebook.cell(cell)
+            return register.config.redactor.text(found.json())
         except NotFound as error:
             raise ResourceNotFoundError(str(error)) from error
 

@@ -86,6 +86,16 @@ def failure(text: str) -> CallToolResult:
     return Answer(printable(clipped), is_error=True).result()
 
 
+def secret_given(names: list[str]) -> str:
+    """A call that would write the value of a secret into a notebook or file."""
+    listed = ", ".join(names)
+    return (
+        f"Nothing was done: the arguments hold the value of {listed}, which must not get into a notebook or file. "
+        "Let the code read it from its environment variable of that name instead: a sandbox that was started with "
+        "the secret has it."
+    )
+
+
 def argument_errors(made: Tool, error: ValidationError) -> str:
     """What is wrong with the arguments, in sentences that name them."""
     known = list(made.parameters["properties"])
