@@ -157,6 +157,7 @@ class Backend(Protocol):
 
 BACKENDS = {
     "local": ".local:LocalBackend",
+    "modal": ".modal:ModalBackend",
 }
 
 

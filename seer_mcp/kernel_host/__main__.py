@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from typing import Any, Dict
 
 from . import fault
@@ -23,10 +24,12 @@ ABSENT = (
 def given(text: str) -> Dict[str, Any]:
     """A configuration that came in the environment; its folders are made, and hold nothing old.
 
-    `files` is a folder of which a copy is put into the working folder. The configuration is written
-    where other programs of this folder look for it.
+    `files` is a folder of which a copy is put into the working folder; `lasts` are the seconds that
+    this machine has. The configuration is written where other programs of this package look for it.
     """
     config: Dict[str, Any] = json.loads(text)
+    if "lasts" in config:
+        config["hard_end_at"] = time.time() + config["lasts"]
     for name in [name for name in os.environ if name.startswith(ABSENT)]:
         del os.environ[name]
     for folder in (config["directory"], config["ipc_directory"]):

@@ -31,7 +31,7 @@ from .events import (
 from .fault import fault_point
 from .folder import Folder
 from .journal import Journal
-from .keep import keep
+from .keep import GROW_SECONDS, grow, keep
 from .kernel import Kernel, KernelFailedToStart, Message, came_from_kernel, descendants, end_all
 from .limits import WATCH_SECONDS, Limits, remove
 
@@ -135,6 +135,8 @@ class Host:
         self._spawn(self._tick())
         if self.limits.watched:
             self._spawn(self._watch_limits())
+        if self.config.get("keep"):
+            self._spawn(self._keep_growing())
         await self.closing.wait()
         server.close()
         for run in list(self.queue):
@@ -155,6 +157,19 @@ class Host:
             await loop.run_in_executor(None, keep, self.journal, log, self.config["keep"])
         os.unlink(address)
         return 0
+
+    async def _keep_growing(self) -> None:
+        """What is kept has everything but the last seconds, until the closing makes it whole."""
+        kept = 1
+        while True:
+            await asyncio.sleep(GROW_SECONDS)
+            lines, after = self.journal.read(kept)
+            while lines and not self.closing.is_set():
+                work = asyncio.get_running_loop().run_in_executor
+                if not await work(None, grow, self.config["keep"], lines):
+                    break
+                kept = after
+                lines, after = self.journal.read(kept)
 
     async def _end_everything(self) -> None:
         """Nothing of the sandbox goes on, also not what starts another while it is ended."""
