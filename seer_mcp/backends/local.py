@@ -252,7 +252,7 @@ class LocalBackend:
             process = identity.of_process(child.pid)
         except psutil.NoSuchProcess:  # it ended already; the wait below says so, with its log
             process = {"pid": child.pid, "started": time.time()}
-        sandbox = self._sandbox(handle, folder, config, process)
+        sandbox = LocalSandbox(self._instance, identity.record_of(handle, config, process))
         sandbox.child = child
         try:
             await self._answering(sandbox, python)
@@ -261,21 +261,6 @@ class LocalBackend:
             await asyncio.shield(sandbox.terminate())
             raise
         return sandbox
-
-    def _sandbox(
-        self, handle: str, folder: Path, config: dict[str, Any], process: dict[str, Any]
-    ) -> LocalSandbox:
-        return LocalSandbox(
-            self._instance,
-            {
-                "handle": handle,
-                **process,
-                "socket": config["socket"],
-                "folder": str(folder),
-                "groups": config["limits"]["groups"],
-                "limits": config["limits"]["means"],
-            },
-        )
 
     def _group(self, handle: str) -> str:
         return f"seer-mcp-{self._instance}-{handle}"
@@ -326,44 +311,16 @@ class LocalBackend:
         groups = await asyncio.to_thread(limits.find_groups, self._group(handle))
         await asyncio.to_thread(identity.clear, handle, self._instance, groups)
         try:
-            sockets = hosted(self._config.state_dir / "sandboxes" / handle)["ipc_directory"]
+            sockets = hosted(Path(self._folder(handle)))["ipc_directory"]
         except FileNotFoundError:
             return  # it was cut off before it had any
         shutil.rmtree(sockets, ignore_errors=True)
 
     async def sweep(self, owner: str) -> list[Record]:
-        return await asyncio.to_thread(self._sweep, owner)
+        return await asyncio.to_thread(identity.running, self._instance, owner, self._folder)
 
-    def _sweep(self, owner: str) -> list[Record]:
-        found: dict[str, Record] = {}
-        for process, handle in identity.marked(self._instance):
-            record = self._record_of(process, handle, owner)
-            if record is not None and (handle not in found or record["pid"]):
-                found[handle] = record
-        return list(found.values())
-
-    def _record_of(self, process: psutil.Process, handle: str, owner: str) -> Record | None:
-        """The record of the sandbox that a process belongs to; without a pid if it is not the host.
-
-        None if the sandbox is another owner's.
-        """
-        folder = self._config.state_dir / "sandboxes" / handle
-        bare = {"handle": handle, "pid": 0, "started": 0.0, "socket": "", "folder": str(folder)}
-        try:
-            command = process.cmdline()
-            if "kernel_host" in command:
-                folder = Path(command[-1]).parent
-            config = hosted(folder)
-            if owner and config["owner"] != owner:
-                return None
-            if "kernel_host" in command:
-                found = identity.of_process(process.pid)
-                return self._sandbox(handle, folder, config, found).record()
-        except psutil.NoSuchProcess:
-            return None
-        except (OSError, ValueError):
-            return bare  # its folder is gone as well
-        return bare
+    def _folder(self, handle: str) -> str:
+        return str(self._config.state_dir / "sandboxes" / handle)
 
     async def left_behind(self, record: Record, local: Path) -> Path | None:
         journal = Path(record["folder"]) / "journal.jsonl"

@@ -6,12 +6,13 @@ processes of a sandbox carry two marks in their environment, so that they are fo
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import signal
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 import psutil
 
@@ -89,6 +90,51 @@ def marked(instance: str) -> List[Tuple[psutil.Process, str]]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
+
+
+def running(instance: str, owner: str, folder: Callable[[str], str]) -> List[Dict[str, Any]]:
+    """What there is of each of the instance's sandboxes: what a record says of its host, with pid 0
+    where only remains are left. `owner`: whose sandboxes, "" for all; `folder` is that of a handle."""
+    found: Dict[str, Dict[str, Any]] = {}
+    for process, handle in marked(instance):
+        facts = _facts(process, handle, owner, folder(handle))
+        if facts is not None and (handle not in found or facts["pid"]):
+            found[handle] = facts
+    return list(found.values())
+
+
+def _facts(
+    process: psutil.Process, handle: str, owner: str, folder: str
+) -> Optional[Dict[str, Any]]:
+    """None if the process has ended, or its sandbox is another owner's."""
+    bare = {"handle": handle, "pid": 0, "started": 0.0, "socket": "", "folder": folder}
+    try:
+        command = process.cmdline()
+        if "kernel_host" in command:
+            folder = os.path.dirname(command[-1])
+        with open(os.path.join(folder, "host.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        if owner and config["owner"] != owner:
+            return None
+        if "kernel_host" in command:
+            return record_of(handle, config, of_process(process.pid))
+    except psutil.NoSuchProcess:
+        return None
+    except (OSError, ValueError):
+        return bare  # its folder is gone as well
+    return bare
+
+
+def record_of(handle: str, config: Dict[str, Any], process: Dict[str, Any]) -> Dict[str, Any]:
+    """What finds a host again, from its configuration and its process. Holds no secret."""
+    return {
+        "handle": handle,
+        **process,
+        "socket": config["socket"],
+        "folder": config["directory"],
+        "groups": config["limits"]["groups"],
+        "limits": config["limits"]["means"],
+    }
 
 
 def kill_all(handle: str, instance: str, groups: Iterable[str]) -> int:
