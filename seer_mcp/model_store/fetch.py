@@ -330,7 +330,7 @@ def disk_full(folder: str, need: int) -> Failed:
     free = shutil.disk_usage(folder).free
     return Failed(
         "disk_full",
-        f"the disk of {folder} is full: {big(need)} more are needed, {big(free)} are free. Free some (seer-mcp models "
+        f"the disk of {folder} is full: {big(need + SPARE)} are needed, {big(free)} are free. Free some (seer-mcp models "
         "list shows what is kept, models remove deletes it) or use another folder. The fetch then goes on where it "
         "stopped.",
     )
@@ -402,7 +402,7 @@ class Asked:
             entries = planned(self.folder)
             total = sum(entry["size"] for entry in entries)
             return disk_full(self.folder, total - came(self.folder, entries))
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno is not None:
             return Failed(
                 "folder",
                 f"{error.filename or self.folder} cannot be written: {error.strerror}. Use another folder for models, "
@@ -594,9 +594,11 @@ class Fetch:
         write_json(self.path("plan.json"), plan)
         # Small files first: a closed gate or a missing shard shows before gigabytes have come.
         small = [e for e in chosen if e["path"].endswith(".json") and e["size"] < SPARE]
+        self.need_room(chosen)
         self.bring(small, info.sha)
         plan["files"] = chosen = with_shards(self.name, files, chosen, self.path("files"))
         write_json(self.path("plan.json"), plan)
+        self.need_room(chosen)
         self.bring(chosen, info.sha)
         if wrong := amiss(self.folder, chosen):
             entry, what = wrong[0]
@@ -647,12 +649,14 @@ class Fetch:
             if path not in parts:
                 os.unlink(path)
 
+    def need_room(self, entries: Sequence[Entry]) -> None:
+        need = sum(entry["size"] for entry in entries) - came(self.folder, entries)
+        if need > 0 and need + SPARE > shutil.disk_usage(self.folder).free:
+            raise disk_full(self.folder, need)
+
     def bring(self, entries: Sequence[Entry], commit: str) -> None:
         """Those of these files that are not there yet, several at once."""
         absent = [entry for entry, _ in amiss(self.folder, entries)]
-        need = sum(e["size"] - size_of(part_of(self.folder, e)) for e in absent)
-        if need > 0 and need + SPARE > shutil.disk_usage(self.folder).free:
-            raise disk_full(self.folder, need)
         pool = concurrent.futures.ThreadPoolExecutor(WORKERS)
         # The largest first, so that none is begun last and alone.
         order = sorted(absent, key=lambda entry: -entry["size"])
