@@ -13,6 +13,7 @@ from typing import Literal
 
 from . import __version__
 from .config import Config, from_environment
+from .environment import schema
 from .errors import BadInput, SeerError
 from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
@@ -102,6 +103,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="CHARACTERS",
         help="how much of each piece of code the audit file keeps beside its hash (default: 4000)",
     )
+    common.add_argument(
+        "--budget",
+        metavar="AMOUNT",
+        action="append",
+        default=[],
+        help='what all sandboxes together may cost: "$20 a day", "600 GPU-minutes a month"; may be given twice',
+    )
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser(
         "stdio", parents=[common], help="serve one client over stdin and stdout (the default)"
@@ -132,6 +140,9 @@ def parser() -> argparse.ArgumentParser:
         "--only", metavar="CHECK", action="append", default=[], help="make only this check"
     )
     add_models(commands, common)
+    commands.add_parser(
+        "schema", help="print the JSON schema of investigation.toml, for editors that check it"
+    )
     return top
 
 
@@ -153,6 +164,7 @@ def config_of(flags: argparse.Namespace) -> Config:
         output_cap=flags.output_cap,
         on_exit=on_exit,
         audit_code=flags.audit_code,
+        budgets=tuple(flags.budget),
     )
 
 
@@ -189,7 +201,7 @@ async def run_doctor(config: Config, only: Sequence[str], fix: bool, as_json: bo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    known = ("stdio", "serve", "demo", "doctor", "models", "--version", "--help", "-h")
+    known = ("stdio", "serve", "demo", "doctor", "models", "schema", "--version", "--help", "-h")
     if not given or (given[0] not in known and given[0].startswith("-")):
         given.insert(0, "stdio")
     flags = parser().parse_args(given)
@@ -198,6 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .demo import run_demo
 
             return asyncio.run(run_demo(as_json=flags.json, outputs=flags.outputs))
+        if flags.command == "schema":
+            print(json.dumps(schema(), indent=1))
+            return 0
         config = config_of(flags)
         log_to_stderr(flags.log_level, config.redactor)
         arm_faults(config.fault)

@@ -13,6 +13,7 @@ SeerError
 │   ├── SandboxUnreachable   it may come back
 │   ├── SandboxLost          it is gone
 │   └── SandboxStartFailed
+├── InvestigationRefused   an investigation.toml that cannot be used
 ├── ModelUnavailable    a model of the hub that could not be fetched
 ├── NotebookUnreadable  the file is not a notebook that can be opened without losing something
 ├── NotebookNotSaved    the disk refused the document (nothing is lost: the journal has it)
@@ -24,7 +25,7 @@ Each class writes its sentence from the facts: what is wrong, with the value, an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SeerError(Exception):
@@ -129,6 +130,14 @@ class SandboxStartFailed(SandboxUnavailable):
         super().__init__(f"The sandbox did not start: {why}. Nothing was left running.{shown}")
 
 
+class StillStarting(SandboxUnavailable):
+    def __init__(self, handle: str, report: str, seconds: float) -> None:
+        super().__init__(
+            f"Sandbox {handle} is still starting ({report}; {seconds:.0f} s so far). It goes on by itself. "
+            f"Next: list_sandboxes(wait=45) waits for it, stop_sandbox(sandbox={show(handle)}) gives it up."
+        )
+
+
 class EndUnconfirmed(SandboxUnavailable):
     """A machine that may still run, and cost money, although its end was asked for."""
 
@@ -147,6 +156,16 @@ class ModelUnavailable(SeerError):
     def __init__(self, model: str, code: str, why: str) -> None:
         super().__init__(f"Model {show(model)} could not be fetched: {why}")
         self.code = code
+
+
+class InvestigationRefused(SeerError):
+    """Each of `problems` names a key of the file, its value, and what is allowed."""
+
+    def __init__(self, path: str, problems: Sequence[str]) -> None:
+        listed = problems[0] if len(problems) == 1 else "".join(f"\n- {each}" for each in problems)
+        end = "" if listed.endswith((".", "?")) else "."
+        super().__init__(f"{path} cannot be used: {listed}{end}")
+        self.problems = tuple(problems)
 
 
 class NotebookUnreadable(SeerError):
