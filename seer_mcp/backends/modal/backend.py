@@ -23,14 +23,12 @@ from ...kernel_host.__main__ import GIVEN
 from ...kernel_host.fault import fault_point
 from ...money import (
     SHORTEST_SECONDS,
-    Budget,
     Price,
     cores_of,
     duration,
     estimate,
     hard_stop,
     mebibytes_of,
-    money,
 )
 from .. import Place, Progress, Record, hosting
 from .account import (
@@ -55,6 +53,9 @@ DIGEST = "sha."
 NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")  # what may be a name or a tag at Modal
 LONGEST_SECONDS = 24 * 3600.0  # Modal's own limit
 GRACE_SECONDS = 30.0  # that a host ends before its machine is ended
+MORE_SECONDS = (
+    3600.0  # by which a lifetime can still be extended: the host ends it, Modal an hour later
+)
 ROOM_MIB = 512  # above what is asked for: the kernel host's own
 PROCESSES = 1 << 20  # no limit of ours
 PATIENCE_SECONDS = 20 * 60.0  # for a machine with that GPU to be free
@@ -277,13 +278,13 @@ class ModalBackend:
 
     def _lasts(self, spec: SandboxSpec, price: Price) -> float:
         """Seconds after which Modal ends it, whatever becomes of us."""
-        lifetime = spec.lifetime + GRACE_SECONDS * 2 if spec.lifetime else None
-        budget = Budget(spec.budget)
+        lifetime = spec.lifetime + MORE_SECONDS if spec.lifetime else None
+        budget = spec.limit()
         lasts = hard_stop(price, lifetime, budget, LONGEST_SECONDS) or LONGEST_SECONDS
-        if spec.budget and lasts < SHORTEST_SECONDS:
+        if budget and lasts < SHORTEST_SECONDS:
             raise BadInput(
                 "budget",
-                money(spec.budget),
+                str(budget),
                 f"that lasts {duration(lasts)} at {price.sentence()}; give more, or ask for a smaller machine",
             )
         return lasts
