@@ -45,6 +45,7 @@ from .account import (
 )
 from .image import FILES, Images
 from .journals import KEEP, Journals, kept_as
+from .models import Models
 from .sandbox import ENV, PYTHON, THERE, ModalSandbox
 
 # Tags of a sandbox.
@@ -53,9 +54,7 @@ DIGEST = "sha."
 NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")  # what may be a name or a tag at Modal
 LONGEST_SECONDS = 24 * 3600.0  # Modal's own limit
 GRACE_SECONDS = 30.0  # that a host ends before its machine is ended
-MORE_SECONDS = (
-    3600.0  # by which a lifetime can still be extended: the host ends it, Modal an hour later
-)
+MORE_SECONDS = 3600.0  # by which a lifetime can be extended: the host holds it, Modal that and this
 ROOM_MIB = 512  # above what is asked for: the kernel host's own
 PROCESSES = 1 << 20  # no limit of ours
 PATIENCE_SECONDS = 20 * 60.0  # for a machine with that GPU to be free
@@ -79,6 +78,7 @@ class ModalBackend:
         self._account = Account(client)
         self._images = Images(config.state_dir / "modal")
         self._journals = Journals(self._instance)
+        self._models = Models(config, self._images)
 
     # -- start ----------------------------------------------------------------------------------
 
@@ -89,9 +89,12 @@ class ModalBackend:
             report("asking Modal for its app")
             app = await self._account.app()
             secrets = await self._secrets(spec, place)
+            tags = self._tags(place.owner, place.handle)
+            volumes, told = await self._models.ready(spec.models, tags, app, report)
+            spec = spec.model_copy(update={"env": {**spec.env, **told}})
             report("looking for the image")
             image, name = await self._images.ready(spec, place, app, report)
-            arguments = await self._arguments(spec, place, lasts, image, secrets)
+            arguments = await self._arguments(spec, place, lasts, image, secrets, volumes)
         except BROKEN as error:
             raise not_started(error, getattr(error, "log", "")) from error
         sandbox = await self._create(spec, place, app, arguments, name, report)
@@ -120,7 +123,13 @@ class ModalBackend:
         return found
 
     async def _arguments(
-        self, spec: SandboxSpec, place: Place, lasts: float, image: Any, secrets: list[Any]
+        self,
+        spec: SandboxSpec,
+        place: Place,
+        lasts: float,
+        image: Any,
+        secrets: list[Any],
+        volumes: dict[str, Any],
     ) -> dict[str, Any]:
         """What Modal's create is told. Everything has a name there by which it is found again."""
         config = hosting.host_config(
@@ -160,7 +169,7 @@ class ModalBackend:
             "memory": (memory, memory + ROOM_MIB),
             "block_network": spec.blocked,
             "outbound_domain_allowlist": domains,
-            "volumes": await self._journals.mount(place.handle, client),
+            "volumes": {**await self._journals.mount(place.handle, client), **volumes},
             "experimental_options": {"enable_docker": True} if spec.docker else None,
             "client": client,
         }
@@ -186,8 +195,9 @@ class ModalBackend:
                     there = await asyncio.shield(creating)
             return ModalSandbox(await self._record(place.handle, there.object_id), there)
         except BaseException as error:
-            self._images.forget(image)
-            self._journals.forget()
+            if isinstance(error, (modal.exception.NotFoundError, modal.exception.InvalidError)):
+                self._images.forget(image)  # what it needs was removed there meanwhile
+                self._journals.forget()
             await asyncio.shield(self._abandon(creating, place.handle))
             if isinstance(error, TimeoutError):
                 raise SandboxStartFailed(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import hashlib
 import importlib.metadata
 import json
 import shlex
@@ -15,6 +16,7 @@ import shutil
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,7 +27,7 @@ from modal.output import OutputManager
 
 from ...environment import SandboxSpec
 from ...errors import BadInput, NotFound
-from ...files import private_dir
+from ...files import private_dir, write_atomic
 from .. import Place, Progress, hosting
 
 UV = "0.13.9"
@@ -101,6 +103,19 @@ class Images:
                 image = image.add_local_dir(stage, FILES)
             self._made[name] = await build(image, app, report)
         return self._made[name], name
+
+    async def made(self, name: str, make: Callable[[], Any], app: Any) -> Any:
+        """Another image, made once."""
+        if name not in self._made:
+            self._made[name] = await build(make(), app, lambda line: None)
+        return self._made[name]
+
+    def stage_text(self, name: str, text: str) -> Path:
+        """A folder with one file, to be added to an image."""
+        folder = private_dir(self._folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / name, text.encode())
+        return folder
 
     def forget(self, name: str) -> None:
         """Make it anew the next time: Modal did not know a part of it any more."""

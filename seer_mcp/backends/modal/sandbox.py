@@ -28,7 +28,8 @@ PYTHON = ("python", "-B", "-m")
 ENV = {"PYTHONPATH": CODE}
 SILENCE_SECONDS = 60.0
 DIAL_SECONDS = 20.0
-POLITE_SECONDS = 5.0  # for the host to close by itself: then its journal is kept
+POLITE_SECONDS = 5.0  # for the host to hear that it is to close
+CLOSING_SECONDS = 30.0  # for it to close, and to keep its journal
 END_SECONDS = 60.0
 POLL_SECONDS = 0.25
 LOG_SECONDS = 5.0
@@ -144,8 +145,7 @@ class ModalSandbox:
             self._first[1].close()
         if politely:
             with suppress(*BROKEN, SeerError):  # what follows ends it anyway
-                async with asyncio.timeout(POLITE_SECONDS):
-                    await self._ask_to_stop()
+                await self._ask_to_stop()
         end = time.monotonic() + END_SECONDS
         pause, error = POLL_SECONDS, ""
         while time.monotonic() < end:
@@ -166,18 +166,20 @@ class ModalSandbox:
         raise EndUnconfirmed(self._handle, str(self._record["id"]), error)
 
     async def _ask_to_stop(self) -> None:
-        if await self._there.poll.aio() is not None:
-            return
-        reader, writer = await self._dial(0.0, POLITE_SECONDS)
+        async with asyncio.timeout(POLITE_SECONDS):
+            if await self._there.poll.aio() is not None:
+                return
+            reader, writer = await self._dial(0.0, POLITE_SECONDS)
         try:
-            request = {"id": 1, "op": "stop", "why": "stopped"}
-            writer.write(json.dumps(request).encode("ascii") + b"\n")
-            while await reader.readline():
-                pass
+            async with asyncio.timeout(POLITE_SECONDS):
+                writer.write(b'{"id": 1, "op": "stop", "why": "stopped"}\n')
+                while await reader.readline():
+                    pass
         finally:
             writer.close()
-        while await self._there.poll.aio() is None:
-            await asyncio.sleep(POLL_SECONDS)
+        async with asyncio.timeout(CLOSING_SECONDS):
+            while await self._there.poll.aio() is None:
+                await asyncio.sleep(POLL_SECONDS)
 
     # -- the rest -------------------------------------------------------------------------------
 
