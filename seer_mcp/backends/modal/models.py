@@ -1,0 +1,184 @@
+"""Models on volumes: one for each model and revision, fetched once by a machine without a GPU.
+
+The token for gated models is in that machine's environment and in no other's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+import modal
+import modal.exception
+
+from ...config import Config
+from ...environment import ModelSpec
+from ...errors import BadInput
+from ...model_store import (
+    MODELS_VARIABLE,
+    FetchProgress,
+    HubModel,
+    Manifest,
+    follow,
+    hub_model,
+    hub_models,
+    kernel_map,
+    program,
+    request,
+)
+from .. import Progress
+from .account import APP
+from .image import PYTHON, UV, Images
+from .sandbox import ModalSandbox
+
+HUB_CLIENT = "huggingface_hub>=1,<3"
+PLACES = "/models"  # where a kernel finds them, by numbers: a path names no model
+VOLUME = "/model"  # where the machine that fetches has the volume
+FETCHER = "/seer/fetch"
+FETCH_SECONDS = 6 * 3600
+CORES, MEBIBYTES = 2.0, 4096
+TOKEN = "HF_TOKEN"
+
+
+class Models:
+    def __init__(self, config: Config, images: Images) -> None:
+        self._here = config.project_dir
+        self._token = config.fetch_env.get(TOKEN, "")
+        self._images = images
+
+    async def ready(
+        self, specs: tuple[ModelSpec, ...], tags: dict[str, str], app: Any, report: Progress
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """Volumes to mount, and what the kernel has to be told. Raises ModelUnavailable, or modal's errors."""
+        found: dict[HubModel, Manifest] = {}
+        volumes: dict[str, Any] = {}
+        for number, spec in enumerate(specs, 1):
+            self._check(spec)
+            label = f"model {number}" if spec.hidden else ""
+            waiting = hub_models(spec, self._here)
+            while waiting:
+                model = waiting.pop(0)
+                if model in found:
+                    continue
+                volume, manifest = await self._model(model, label, tags, app, report)
+                found[model] = manifest
+                volumes[f"{PLACES}/{len(found)}"] = volume.with_mount_options(
+                    read_only=True, sub_path="files"
+                )
+                base = hub_model(manifest.base, here=self._here) if manifest.base else None
+                # The base that an adapter names, where nothing else was named for it to go on.
+                if base is not None and not spec.base and model.name == spec.name:
+                    waiting.append(base)
+        told = kernel_map(
+            {
+                model: (manifest.commit, path)
+                for (model, manifest), path in zip(found.items(), volumes, strict=True)
+            }
+        )
+        return volumes, {MODELS_VARIABLE: json.dumps(told)} if told else {}
+
+    def _check(self, spec: ModelSpec) -> None:
+        for name in filter(None, (spec.name, spec.adapter, spec.base)):
+            if name.startswith((".", "/", "~")) or (self._here / name).is_dir():
+                raise BadInput(
+                    "models",
+                    name,
+                    "it is a folder of this machine, which a sandbox at Modal does not have; send it with `files`, "
+                    "or put it on the hub",
+                )
+
+    async def _model(
+        self, model: HubModel, label: str, tags: dict[str, str], app: Any, report: Progress
+    ) -> tuple[Any, Manifest]:
+        client = app._client  # the app's own
+        volume = modal.Volume.from_name(
+            model.volume, create_if_missing=True, version=2, client=client
+        )
+        await volume.hydrate.aio(client)
+        manifest = await manifest_of(volume)
+        if manifest is None:
+            manifest = await self._fetch(model, label, volume, tags, app, report)
+        return volume, manifest
+
+    async def _fetch(
+        self,
+        model: HubModel,
+        label: str,
+        volume: Any,
+        tags: dict[str, str],
+        app: Any,
+        report: Progress,
+    ) -> Manifest:
+        """By a machine of ours, or of who fetches it already: their names are the volume's."""
+
+        def told(progress: FetchProgress) -> None:
+            report(progress.sentence(label))
+
+        report(f"fetching {label or model.label}")
+        there, ours = await self._fetcher(model, volume, tags, app)
+        try:
+            manifest = await follow(lines_of(there), model, told)
+        finally:
+            if ours:  # it ends by itself; also where it was cut off, and says so to nobody
+                record = {"handle": model.volume, "id": there.object_id}
+                await asyncio.shield(ModalSandbox(record, there).terminate(politely=False))
+        # What another machine committed counts, where both ended.
+        return await manifest_of(volume) or manifest
+
+    async def _fetcher(
+        self, model: HubModel, volume: Any, tags: dict[str, str], app: Any
+    ) -> tuple[Any, bool]:
+        image = await self._images.made(
+            FETCHER,
+            lambda: (
+                modal.Image.debian_slim(python_version=PYTHON)
+                .uv_pip_install(HUB_CLIENT, uv_version=UV)
+                .add_local_dir(self._images.stage_text("fetch.py", program()), FETCHER)
+            ),
+            app,
+        )
+        env = {"HF_HUB_DISABLE_TELEMETRY": "1", **({TOKEN: self._token} if self._token else {})}
+        client = app._client
+        try:
+            there = await modal.Sandbox.create.aio(
+                "python",
+                f"{FETCHER}/fetch.py",
+                app=app,
+                name=model.volume,
+                tags=tags,
+                image=image,
+                secrets=[modal.Secret.from_dict({**env})],
+                timeout=FETCH_SECONDS,
+                cpu=(CORES, CORES),
+                memory=MEBIBYTES,
+                volumes={VOLUME: volume},
+                client=client,
+            )
+        except modal.exception.AlreadyExistsError:
+            return await modal.Sandbox.from_name.aio(APP, model.volume, client=client), False
+        try:
+            there.stdin.write(request(model, VOLUME, sync=True))
+            there.stdin.write_eof()
+            await there.stdin.drain.aio()
+        except BaseException:
+            record = {"handle": model.volume, "id": there.object_id}
+            await asyncio.shield(ModalSandbox(record, there).terminate(politely=False))
+            raise
+        return there, True
+
+
+async def manifest_of(volume: Any) -> Manifest | None:
+    """What says that a model is whole: it is written last."""
+    text = bytearray()
+    with suppress(FileNotFoundError, modal.exception.NotFoundError):
+        async for piece in volume.read_file.aio("manifest.json"):
+            text += piece
+    return Manifest.of(json.loads(text)) if text else None
+
+
+async def lines_of(there: Any) -> AsyncIterator[str]:
+    async for line in there.stdout:
+        yield line
