@@ -7,6 +7,7 @@ Prints what to set in the environment of a client's process. With --json it prin
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import shlex
@@ -34,7 +35,18 @@ async def main() -> None:
         await stop.wait()
 
 
+def own_mounts() -> None:
+    """What the cloud mounts is seen by its sandboxes alone, and is gone when it is."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    private, recursive, new_mounts = 1 << 18, 1 << 14, 0x20000
+    if libc.unshare(new_mounts) or libc.mount(
+        b"", b"/", None, ctypes.c_ulong(private | recursive), None
+    ):
+        raise OSError(ctypes.get_errno(), "this process could not have mounts of its own")
+
+
 if __name__ == "__main__":
+    own_mounts()
     if sys.version_info < (3, 12):  # one thread for each process otherwise
         asyncio.set_child_watcher(asyncio.PidfdChildWatcher())  # type: ignore[attr-defined]
     asyncio.run(main())

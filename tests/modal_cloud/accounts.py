@@ -101,10 +101,10 @@ class Accounts:
 
     def app_named(self, name: str) -> str:
         """The app's id; refuses with NOT_FOUND."""
-        for app, called in self.apps.items():
-            if called == name:
-                return app
-        not_found(f"App {name!r}")
+        found = [app for app, called in self.apps.items() if called == name]
+        if not found:
+            not_found(f"App {name!r}")
+        return found[0]
 
     async def WorkspaceNameLookup(
         self, _request: Any, _: Context

@@ -108,9 +108,6 @@ class Box:
         root = self.folder / "root"
         for made in (self.upper, work, root):
             made.mkdir(parents=True)
-        for volume in self.plan.volumes:
-            volume.upper.mkdir(parents=True, exist_ok=True)
-            volume.work.mkdir(parents=True, exist_ok=True)
         alive, self._life = os.pipe()
         said, says = os.pipe()
         plan = {

@@ -26,6 +26,7 @@ from .router import Router
 from .sandbox_rpc import SandboxCalls
 from .sandboxes import Sandbox, Sandboxes
 from .service import Service
+from .volume_rpc import VolumeCalls
 from .volumes import Volumes
 
 PREFIX = "modal-cloud-"
@@ -42,7 +43,7 @@ class Cloud:
         if not self.isolated:
             raise RuntimeError("sandboxes need root on Linux, for namespaces and overlays")
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-        for name in ("blobs", "s", "v"):
+        for name in ("blobs", "blocks", "s", "v"):
             (self.folder / name).mkdir()
         self.layers = Path("/dev/shm", self.folder.name)
         base = self.layers / "base"
@@ -66,6 +67,7 @@ class Cloud:
             self.capacity,
             self.faults.errors,
         )
+        self.volume_calls = VolumeCalls(self.volumes, self.mounts, self.folder / "blocks")
         self.calls = SandboxCalls(self.sandboxes)
         self.router = Router(self.sandboxes, self.calls.router_tokens)
         self._servers: list[Server] = []
@@ -74,7 +76,7 @@ class Cloud:
         self.control_url = ""
 
     async def __aenter__(self) -> Cloud:
-        parts = [self.accounts, self.mounts, self.images, self.volumes, self.calls]
+        parts = [self.accounts, self.mounts, self.images, self.volume_calls, self.calls]
         control = Service(ModalClientBase, parts, self.faults, self.accounts.admit, True)
         router = Service(
             TaskCommandRouterBase, [self.router], self.faults, self.router.admit, False
@@ -82,7 +84,7 @@ class Cloud:
         self.url = await self._serve(control)
         self.calls.router_url = await self._serve(router)
         self._site, self.control_url = await serve(self)
-        self.mounts.block_url = self.volumes.block_url = self.control_url
+        self.mounts.block_url = self.control_url
         return self
 
     async def _serve(self, service: Service) -> str:

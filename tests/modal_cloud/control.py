@@ -6,6 +6,7 @@ called on a Controller by its name, with its arguments.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import urllib.error
 import urllib.request
@@ -78,6 +79,15 @@ class Commands:
         """Take the machine of a sandbox away (its id or name)."""
         await self._cloud.end(sandbox, "preempted")
 
+    async def limit_volume(self, name: str, size: int | None) -> None:
+        """How many bytes fit in a volume (version 2; made if it is missing): it runs full."""
+        volume = self._cloud.volumes.named(name) or self._cloud.volume_calls.create(name, 2)
+        volume.limit = size
+
+    async def background_commits(self, seconds: float) -> None:
+        """How often volumes commit by themselves, in sandboxes created from now on."""
+        self._cloud.volumes.background_seconds = seconds
+
     async def ledger(self) -> list[dict[str, Any]]:
         return self._cloud.ledger.rows()
 
@@ -124,7 +134,10 @@ async def serve(cloud: Cloud) -> tuple[web.AppRunner, str]:
 
     app = web.Application(client_max_size=1 << 30)
     app.router.add_post("/do/{name}", command)
-    app.router.add_put("/blobs/{blob}", lambda request: _put_blob(cloud, request))
+    files = Files(cloud)
+    app.router.add_put("/blobs/{blob}", files.put_blob)
+    app.router.add_put("/blocks/{block}", files.put_block)
+    app.router.add_get("/files/{volume}/{path:.+}", files.get_file)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -133,10 +146,32 @@ async def serve(cloud: Cloud) -> tuple[web.AppRunner, str]:
     return runner, f"http://127.0.0.1:{port}"
 
 
-async def _put_blob(cloud: Cloud, request: web.Request) -> web.Response:
-    path = cloud.mounts.blobs[request.match_info["blob"]]
-    path.write_bytes(await request.read())
-    return web.Response(headers={"ETag": '"stored"'})
+class Files:
+    """Contents that clients send and fetch over HTTP beside gRPC, as from a store of objects."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        self._cloud = cloud
+
+    async def put_blob(self, request: web.Request) -> web.Response:
+        data = await request.read()
+        self._cloud.mounts.blobs[request.match_info["blob"]].write_bytes(data)
+        return web.Response(headers={"ETag": f'"{hashlib.md5(data).hexdigest()}"'})
+
+    async def put_block(self, request: web.Request) -> web.Response:
+        data = await request.read()
+        self._cloud.mounts.uploads += 1
+        self._cloud.mounts.uploaded_bytes += len(data)
+        block = request.match_info["block"]
+        return web.Response(body=self._cloud.volume_calls.put_block(block, data))
+
+    async def get_file(self, request: web.Request) -> web.Response:
+        volume = self._cloud.volumes.by_id.get(request.match_info["volume"])
+        if volume is None:
+            return web.Response(status=404)
+        start, end = int(request.query["from"]), int(request.query["to"])
+        with open(volume.folder / request.match_info["path"], "rb") as file:
+            file.seek(start)
+            return web.Response(body=file.read(end - start))
 
 
 class Controller:

@@ -47,6 +47,10 @@ def describe(path):
     }
 
 
+def tell(value):
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
 def write_file(path):
     os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
     with open(path, "wb") as file:
@@ -61,7 +65,7 @@ def read_file(path):
 
 
 def list_files(path):
-    print(json.dumps([describe(os.path.join(path, name)) for name in sorted(os.listdir(path))]))
+    tell([describe(os.path.join(path, name)) for name in sorted(os.listdir(path))])
 
 
 def remove(path, recursive=False):
@@ -81,7 +85,7 @@ def make_directory(path, parents=False):
 
 
 def print_stat(path):
-    print(json.dumps(describe(path)))
+    tell(describe(path))
 
 
 COMMANDS = {
@@ -97,7 +101,7 @@ COMMANDS = {
 def main():
     ((name, arguments),) = json.loads(sys.argv[1]).items()
     if name not in COMMANDS:
-        fail("NotSupported", "this test server has no %s" % name)
+        fail("NotSupported", f"this test server has no {name}")
     try:
         COMMANDS[name](**arguments)
     except OSError as error:

@@ -23,14 +23,14 @@ libc = ctypes.CDLL(None, use_errno=True)
 def check(result, what):
     if result != 0:
         number = ctypes.get_errno()
-        raise OSError(number, "%s: %s" % (what, os.strerror(number)))
+        raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
 def mount(source, target, kind, flags, options=""):
     done = libc.mount(
         source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode()
     )
-    check(done, "mount %s on %s (%s %s)" % (source, target, kind, options))
+    check(done, f"mount {source} on {target} ({kind} {options})")
 
 
 def bind(source, target, read_only=False):
@@ -68,7 +68,7 @@ def make_root(plan):
 
 
 def mount_volume(volume, target):
-    options = "lowerdir=%s,upperdir=%s,workdir=%s,volatile" % (
+    options = "lowerdir={},upperdir={},workdir={},volatile".format(
         volume["lower"],
         volume["upper"],
         volume["work"],
@@ -86,7 +86,7 @@ def devices(folder):
     os.makedirs(folder + "/shm")
     mount("shm", folder + "/shm", "tmpfs", NOSUID | NODEV, "size=2g")
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        os.symlink("/proc/self/fd/%d" % number, folder + "/" + name)
+        os.symlink(f"/proc/self/fd/{number}", folder + "/" + name)
     os.symlink("/proc/self/fd", folder + "/fd")
 
 
@@ -128,7 +128,7 @@ def run_entry(plan, life, status):
                 os.chdir(plan["workdir"])
                 os.execvpe(plan["command"][0], plan["command"], plan["env"])
             except OSError as error:
-                os.write(2, ("%s: %s\n" % (plan["command"][0], error.strerror)).encode())
+                os.write(2, ("{}: {}\n".format(plan["command"][0], error.strerror)).encode())
                 os._exit(127)
     silence()
     say(status, ready=True)

@@ -138,7 +138,8 @@ class Mounts:
         blob_id = ids.new("bl")
         self.blobs[blob_id] = self.folder / blob_id
         return api_pb2.BlobCreateResponse(
-            blob_id=blob_id, upload_url=f"{self.block_url}/blobs/{blob_id}"
+            blob_ids=[blob_id],
+            upload_urls=api_pb2.UploadUrlList(items=[f"{self.block_url}/blobs/{blob_id}"]),
         )
 
 

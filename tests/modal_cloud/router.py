@@ -18,6 +18,7 @@ from modal_proto import task_command_router_pb2 as sr
 
 from .box import Box
 from .errors import not_found, refuse
+from .images import Image
 from .pipes import Input, Output
 from .sandboxes import Sandbox, Sandboxes
 from .service import Context
@@ -53,6 +54,7 @@ class Router:
         self._sandboxes = sandboxes
         self._tokens = tokens
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._snapshots: dict[tuple[str, str], asyncio.Task[Image]] = {}
         self._starting: dict[tuple[str, str], asyncio.Task[Exec]] = {}
 
     def admit(self, _rpc: str, metadata: Mapping[str, str]) -> None:
@@ -160,6 +162,31 @@ class Router:
             refuse(Status.OUT_OF_RANGE, f"offset {request.offset} of {output.start}..{output.end}")
         async for _offset, data in output.follow(request.offset):
             yield sr.TaskExecStdioReadResponse(data=data)
+
+    async def TaskReloadVolumes(
+        self, request: sr.TaskReloadVolumesRequest, _: Context
+    ) -> sr.TaskReloadVolumesResponse:
+        sandbox = self._sandboxes.of_task(request.task_id)
+        box = sandbox.alive()
+        assert sandbox.volumes is not None
+        await sandbox.volumes.reload(box)
+        return sr.TaskReloadVolumesResponse()
+
+    async def TaskSnapshotFilesystem(
+        self, request: sr.TaskSnapshotFilesystemRequest, _: Context
+    ) -> sr.TaskSnapshotFilesystemResponse:
+        """Keeps what was written in the sandbox, but for mounts: volumes and files sent with copy=False.
+
+        That the latter are not in it is a guess.
+        """
+        sandbox = self._sandboxes.of_task(request.task_id)
+        key = (request.task_id, request.snapshot_id)
+        if key not in self._snapshots:  # the same id is one snapshot
+            ttl = request.ttl_seconds if request.ttl_seconds > 0 else None
+            task = asyncio.create_task(self._sandboxes.snapshot(sandbox, ttl))
+            self._snapshots[key] = task
+        image = await asyncio.shield(self._snapshots[key])
+        return sr.TaskSnapshotFilesystemResponse(image_id=image.id)
 
     # -- stdin
 

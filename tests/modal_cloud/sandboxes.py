@@ -15,13 +15,13 @@ from modal_proto import api_pb2
 
 from . import ids
 from .accounts import Accounts
-from .box import PATH, PYTHON_FOLDER, Box, Plan, VolumeMount
+from .box import PATH, PYTHON_FOLDER, Box, Plan
 from .capacity import Capacity
 from .errors import not_found, refuse
 from .images import Image, Images
 from .ledger import LEAST_CORES, LEAST_MIB, Entry, Ledger
 from .mounts import Mounts
-from .volumes import Volumes
+from .volumes import MountedVolumes, Volumes
 
 Result = api_pb2.GenericResult
 BLOCKED = api_pb2.NetworkAccess.NetworkAccessType.BLOCKED
@@ -41,7 +41,7 @@ class Sandbox:
     entry: Entry
     result: Result = field(default_factory=Result)
     box: Box | None = None
-    mounts: list[VolumeMount] = field(default_factory=list)
+    volumes: MountedVolumes | None = None
     workdir: str = "/root"
     scheduled: asyncio.Event = field(default_factory=asyncio.Event)
     done: asyncio.Event = field(default_factory=asyncio.Event)
@@ -103,10 +103,10 @@ class Sandboxes:
         return sandbox
 
     def of_task(self, task_id: str) -> Sandbox:
-        for sandbox in self.by_id.values():
-            if sandbox.task_id == task_id:
-                return sandbox
-        not_found(f"Task {task_id}")
+        found = [sandbox for sandbox in self.by_id.values() if sandbox.task_id == task_id]
+        if not found:
+            not_found(f"Task {task_id}")
+        return found[0]
 
     def named(self, app_id: str, name: str, ended: bool = False) -> Sandbox | None:
         """The live sandbox of this name, or with `ended` the newest dead one if none is alive."""
@@ -134,6 +134,8 @@ class Sandboxes:
             refuse(Status.ALREADY_EXISTS, f"Sandbox {definition.name!r} already exists in the app")
         for mount in definition.volume_mounts:
             self.volumes.get(mount.volume_id)
+            if mount.sub_path:
+                refuse(Status.UNIMPLEMENTED, "this test server mounts whole volumes only")
         for mount_id in definition.mount_ids:
             self.mounts.get(mount_id)
         sandbox = self._new(version, app_id, definition, tags, image)
@@ -211,10 +213,9 @@ class Sandboxes:
         definition = sandbox.definition
         control = folder / "control"
         control.mkdir(parents=True)
-        sandbox.mounts = [
-            self.volumes.mount(mount, folder / f"v{number}")
-            for number, mount in enumerate(definition.volume_mounts)
-        ]
+        volumes = self.volumes.mount(definition.volume_mounts, folder, control)
+        sandbox.volumes = volumes
+        volumes.start()
         plan = Plan(
             command=list(definition.entrypoint_args),
             env=sandbox.env,
@@ -224,8 +225,11 @@ class Sandboxes:
                 *sandbox.image.layers,
                 self.base_layer,
             ],
-            volumes=sandbox.mounts,
-            binds=[(str(control), "/__modal/control")],
+            volumes=[mount.first() for mount in volumes.mounts],
+            binds=[
+                (str(control), "/__modal/control"),
+                *(bind for mount in volumes.mounts for bind in mount.binds()),
+            ],
             block_network=definition.block_network
             or definition.network_access.network_access_type == BLOCKED,
         )
@@ -278,11 +282,20 @@ class Sandboxes:
                 await sandbox.box.ended.wait()
         sandbox.entry.ended = time.time()
         sandbox.entry.why = sandbox.why
-        self.volumes.release(sandbox.mounts)
+        if sandbox.volumes:  # a machine that is taken away commits nothing any more
+            await sandbox.volumes.stop(commit=sandbox.why != "preempted")
         sandbox.execs.clear()
         sandbox.done.set()
         if sandbox.box:
             await sandbox.box.remove()
+
+    async def snapshot(self, sandbox: Sandbox, ttl: float | None) -> Image:
+        upper = sandbox.alive().upper
+        layer = self.mounts.layers / ids.new("sn")
+        copy = await asyncio.create_subprocess_exec("cp", "-a", str(upper), str(layer))
+        if await copy.wait():
+            refuse(Status.INTERNAL, "the sandbox's files could not be copied")
+        return self.images.add_snapshot(sandbox.image, layer, ttl)
 
     def end(self, sandbox: Sandbox, why: str) -> None:
         """Begin to end it; `done` follows."""

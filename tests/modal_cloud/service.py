@@ -30,8 +30,9 @@ class Context:
 class Service:
     """One gRPC service whose methods are looked for in `parts`, in order.
 
-    A unary method is `async def Name(request, context) -> response` (None: an empty one); one that streams its answer is
-    an async generator; one that streams its request gets the stream of messages instead of it.
+    A unary method is `async def Name(request, context) -> response` (None: an empty one); one that
+    streams its answer is an async generator; one that streams its request gets the stream of
+    messages instead of it.
     """
 
     def __init__(
