@@ -330,9 +330,9 @@ def disk_full(folder: str, need: int) -> Failed:
     free = shutil.disk_usage(folder).free
     return Failed(
         "disk_full",
-        f"the disk of {folder} is full: {big(need + SPARE)} are needed, {big(free)} are free. Free some (seer-mcp models "
-        "list shows what is kept, models remove deletes it) or use another folder. The fetch then goes on where it "
-        "stopped.",
+        f"the disk of {folder} is full: {big(need + SPARE)} are needed, {big(free)} are free. Free some (seer-mcp "
+        "models list shows what is kept, models remove deletes it) or use another folder. The fetch then goes on "
+        "where it stopped.",
     )
 
 
@@ -382,8 +382,6 @@ class Asked:
                 f"{self.endpoint} cannot be reached ({reason or type(error).__name__}). Check the network and the "
                 "proxy. The fetch goes on where it stopped.",
             )
-        if isinstance(error, OSError):
-            return self._disk(error, reason)
         if isinstance(error, ValueError) and "too large" in reason:
             return Failed(
                 "too_large",
@@ -395,7 +393,7 @@ class Asked:
                 "not_a_hub",
                 f"{self.endpoint} does not answer as a hub does ({reason}). Check HF_ENDPOINT and the proxy.",
             )
-        return None
+        return self._disk(error, reason) if isinstance(error, OSError) else None
 
     def _disk(self, error: OSError, reason: str) -> Failed | None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -16,7 +16,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -76,12 +75,16 @@ class Fault:
     """What is answered instead, with `status`."""
     cut: int = -1
     """Bytes after which the connection is closed in the middle of the body."""
-    rate: float = 0.0
-    """Bytes per second."""
+    hold: int = -1
+    """Bytes after which nothing more comes until go() is called."""
     wrong: bool = False
     """The content's first byte is another."""
     no_ranges: bool = False
     """Range is ignored: the whole file is sent, with 200."""
+    going: threading.Event = field(default_factory=threading.Event)
+
+    def go(self) -> None:
+        self.going.set()
 
 
 class Hub:
@@ -125,8 +128,11 @@ class Hub:
         return [r for r in self.requests if re.search(pattern, r.path)]
 
     def forget(self) -> None:
-        self.requests.clear()
-        self.faults.clear()
+        """Begin a new ledger, without faults."""
+        for fault in self.faults:
+            fault.go()
+        self.requests = []
+        self.faults = []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -301,12 +307,12 @@ class Handler(BaseHTTPRequestHandler):
             body = body[: fault.cut]
             self.close_connection = True
         for at in range(0, len(body), PIECE):
+            if fault and 0 <= fault.hold <= at:
+                fault.going.wait()
             piece = body[at : at + PIECE]
             self.wfile.write(piece)
             self.wfile.flush()
             self.request_.sent += len(piece)
-            if fault and fault.rate:
-                time.sleep(len(piece) / fault.rate)
 
 
 class Server(ThreadingHTTPServer):
@@ -330,6 +336,7 @@ def open_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.forget()
         for server in servers:
             server.shutdown()
             server.server_close()

@@ -112,7 +112,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: Hub, fetch: Fetcher) -> N
 
 def test_a_killed_fetch_goes_on_where_it_stopped(hub: Hub, fetch: Fetcher) -> None:
     hub.add("lab/model", MODEL)
-    hub.fault("/repos/", rate=8 * MB)
+    hub.fault("/repos/", hold=4 * MB)
     run = fetch.start("lab/model")
     run.until("bytes", 3 * MB)
     run.kill()
@@ -149,7 +149,7 @@ def test_a_server_without_ranges_serves_the_whole_again(hub: Hub, fetch: Fetcher
 
 def test_a_part_that_a_crash_damaged_is_fetched_anew(hub: Hub, fetch: Fetcher) -> None:
     hub.add("lab/model", MODEL)
-    hub.fault("/repos/", rate=8 * MB)
+    hub.fault("/repos/", hold=4 * MB)
     run = fetch.start("lab/model")
     run.until("bytes", 3 * MB)
     run.kill()
@@ -164,12 +164,13 @@ def test_what_has_not_changed_is_kept_when_the_branch_moves(hub: Hub, fetch: Fet
     index = json.dumps({"weight_map": dict(zip("ab", names, strict=True))}).encode()
     small = {**SMALL, "model.safetensors.index.json": index}
     repo = hub.add("lab/model", {**small, names[0]: first, names[1]: second, "gone.json": b"{}"})
-    hub.fault("/repos/", times=-1, rate=8 * MB)
+    hub.fault("/repos/", times=-1, hold=4 * MB)
     run = fetch.start("lab/model")
     run.until("bytes", 3 * MB)
     wait_until(lambda: (run.folder / "files" / names[0]).exists())
     run.kill()
-    moved = {**small, "config.json": b'{"new": 1}', names[0]: first, names[1]: os.urandom(2 * MB)}
+    same_size = SMALL["config.json"].replace(b"llama", b"gemma")
+    moved = {**small, "config.json": same_size, names[0]: first, names[1]: os.urandom(2 * MB)}
     commit = repo.commit(moved)
     hub.forget()
     again = fetch("lab/model")
@@ -181,19 +182,20 @@ def test_what_has_not_changed_is_kept_when_the_branch_moves(hub: Hub, fetch: Fet
 
 def test_two_fetches_at_once_bring_every_byte_once(hub: Hub, fetch: Fetcher) -> None:
     hub.add("lab/model", MODEL)
-    hub.fault("/repos/", rate=16 * MB)
+    fault = hub.fault("/repos/", hold=4 * MB)
     first = fetch.start("lab/model")
     first.until("bytes", MB)
     second = fetch.start("lab/model")
     second.until("waiting")
     assert second.lines[-1]["total"] == sum(map(len, MODEL.values()))
+    fault.go()
     assert second.end().done == first.end().done
     assert hub.sent("/repos/") == len(WEIGHTS)
 
 
 def test_who_waits_goes_on_when_the_other_is_killed(hub: Hub, fetch: Fetcher) -> None:
     hub.add("lab/model", MODEL)
-    hub.fault("/repos/", rate=8 * MB)
+    hub.fault("/repos/", hold=4 * MB)
     first = fetch.start("lab/model")
     first.until("bytes", 3 * MB)
     second = fetch.start("lab/model")
@@ -205,7 +207,7 @@ def test_who_waits_goes_on_when_the_other_is_killed(hub: Hub, fetch: Fetcher) ->
 
 def test_a_fetch_ends_when_nobody_listens(hub: Hub, fetch: Fetcher) -> None:
     hub.add("lab/model", MODEL)
-    hub.fault("/repos/", rate=MB / 4)
+    hub.fault("/repos/", hold=MB)
     run = fetch.start("lab/model")
     run.until("bytes", 1)
     assert run.process.stdout is not None
@@ -284,13 +286,14 @@ def test_a_token_that_the_hub_does_not_know(hub: Hub, fetch: Fetcher) -> None:
 def test_a_token_opens_the_gate_and_is_left_nowhere(hub: Hub, fetch: Fetcher) -> None:
     hub.add("lab/gated", MODEL, gated=True)
     hub.accounts[TOKEN] = {"lab/gated"}
-    hub.fault("/repos/", rate=8 * MB)
+    fault = hub.fault("/repos/", hold=4 * MB)
     run = fetch.start("lab/gated", token=TOKEN)
     run.until("bytes", MB)
     if sys.platform == "linux":
         process = Path(f"/proc/{run.process.pid}")
         assert TOKEN.encode() not in (process / "cmdline").read_bytes()
         assert TOKEN.encode() not in (process / "environ").read_bytes()
+    fault.go()
     assert run.end().files() == MODEL
     assert TOKEN not in json.dumps(run.lines) + run.stderr
     for path in fetch.root.rglob("*"):
@@ -473,7 +476,7 @@ def test_a_disk_without_room_is_said_before_the_fetch(hub: Hub, fetch: Fetcher, 
 
 def test_a_disk_that_fills_up_leaves_what_has_come(hub: Hub, fetch: Fetcher, disk: Path) -> None:
     hub.add("lab/model", MODEL)
-    hub.fault("/repos/", rate=8 * MB)
+    fault = hub.fault("/repos/", hold=4 * MB)
     run = fetch.start("lab/model")
     run.until("bytes", 2 * MB)
     with (disk / "other").open("wb", buffering=0) as other:
@@ -482,6 +485,7 @@ def test_a_disk_that_fills_up_leaves_what_has_come(hub: Hub, fetch: Fetcher, dis
                 pass
         except OSError:
             pass
+    fault.go()
     assert run.end().failed == "disk_full"
     one_sentence(run.error)
     assert not run.complete
