@@ -5,13 +5,21 @@ A test fails when a table differs from what this would write.
 
 from __future__ import annotations
 
+import json
 import re
+import sys
+from importlib import import_module
 from pathlib import Path
 
 from mcp.server.mcpserver.tools import Tool
+from pydantic import BaseModel
 
+from seer_mcp.backends import BACKENDS
 from seer_mcp.config import Config
+from seer_mcp.environment import GPUS, ModelSpec, Repo, SandboxSettings
+from seer_mcp.environment.investigation import InvestigationFile
 from seer_mcp.kernel_host.fault import POINTS
+from seer_mcp.money import TABLE, hourly, priced_as
 from seer_mcp.packs import Packs, read_packs
 from seer_mcp.server import BUILTIN_PACKS
 from seer_mcp.sessions import Register
@@ -50,9 +58,65 @@ def points_table() -> str:
     return "\n".join(rows)
 
 
+def keys_table(model: type[BaseModel]) -> str:
+    rows = ["| key | meaning | default |", "| --- | --- | --- |"]
+    for name, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        told = "needed" if field.is_required() else toml(default)
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        rows.append(f"| `{name}` | {meaning} | {told} |")
+    return "\n".join(rows)
+
+
+def toml(value: object) -> str:
+    """A default as the file would say it; "" for one that only leaves something out."""
+    if value is None or value == "" or value == () or value == {} or isinstance(value, BaseModel):
+        return ""
+    return f"`{json.dumps(value)}`"
+
+
+def backends_table() -> str:
+    """A backend's NOT_HERE says what it refuses, and why."""
+    refused: dict[str, dict[str, str]] = {}
+    for name, place in BACKENDS.items():
+        module, _, attribute = place.partition(":")
+        backend = getattr(import_module(module, "seer_mcp.backends"), attribute)
+        found = getattr(sys.modules[backend.__module__], "NOT_HERE", None)
+        if found is not None:
+            refused[name] = found
+    names = list(refused)
+    rows = [f"| key | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
+    fields = [*SandboxSettings.model_fields, "models"]
+    for key in (key for key in fields if key != "backend"):
+        told = [f"refused: {why}" if (why := refused[n].get(key)) else "yes" for n in names]
+        rows.append(f"| `{key}` | {' | '.join(told)} |")
+    return "\n".join(rows)
+
+
+def prices_table() -> str:
+    rows = [
+        f"| GPU | memory of one | most in one machine | price of one ({TABLE.source}) |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, kind in GPUS.items():
+        price = hourly(TABLE.gpus[priced_as(name)])
+        rows.append(f"| `{name}` | {kind.gigabytes} GB | {kind.most} | {price} |")
+    rows.append(f"| a physical core | | | {hourly(TABLE.core)} |")
+    rows.append(f"| a GiB of memory | | | {hourly(TABLE.gib)} |")
+    return "\n".join(rows)
+
+
 PAGES = {
     README: {"tools": tools_table, "techniques": techniques_table},
     DOCS / "fault-points.md": {"points": points_table},
+    DOCS / "environments.md": {
+        "file": lambda: keys_table(InvestigationFile),
+        "sandbox": lambda: keys_table(SandboxSettings),
+        "repos": lambda: keys_table(Repo),
+        "models": lambda: keys_table(ModelSpec),
+        "backends": backends_table,
+        "prices": prices_table,
+    },
 }
 
 

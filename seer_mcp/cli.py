@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="AMOUNT",
         action="append",
         default=[],
-        help='what all sandboxes together may cost: "$20 a day", "600 GPU-minutes a month"; may be given twice',
+        help="what all sandboxes together may cost: '$20 a day', '600 GPU-minutes a month'; may be given twice",
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -34,7 +35,7 @@ def test_the_first_block_of_the_readme_holds_the_two_commands() -> None:
 
 def test_every_command_line_of_ours_in_the_docs_can_be_parsed() -> None:
     lines = [
-        line.split("#")[0].split()
+        shlex.split(line.split(" > ")[0], comments=True)
         for page in [README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
         for block in re.findall(r"```console\n(.*?)```", page, re.S)
         for line in block.splitlines()

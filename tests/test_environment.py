@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from seer_mcp.environment import (
 )
 from seer_mcp.environment.units import dollars, mebibytes, seconds
 from seer_mcp.errors import BadInput, InvestigationRefused, NotFound
-from seer_mcp.money import TABLE, priced_as
+from seer_mcp.money import TABLE, Rates, estimate, hard_stop, priced_as, terms
 
 WHOLE = """
 name = "whole"
@@ -464,3 +465,33 @@ def test_the_schema_is_one_and_agrees_with_the_reader(folder: Path) -> None:
     assert list(check.iter_errors(tomllib.loads(WHOLE))) == []
     for text in ("nmae = 'x'", "[sandbox]\ngpu_cuont = 2", "[[models]]\nvariable = 'm'"):
         assert list(check.iter_errors(tomllib.loads(text)))
+
+
+# -- the page ---------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parent.parent / "docs" / "environments.md"
+EXAMPLES = re.findall(r"```toml\n(.*?)```", PAGE.read_text(), re.S)
+
+
+@pytest.mark.parametrize("text", EXAMPLES, ids=lambda text: text.splitlines()[0])
+def test_every_example_of_the_page_can_be_read(folder: Path, text: str) -> None:
+    (folder / "task.md").write_text("Look.")
+    found = read_investigation(write(folder, text))
+    assert found.task == "Look."
+
+
+def test_the_page_shows_every_key_in_an_example() -> None:
+    assert len(EXAMPLES) >= 6
+    shown = set(re.findall(r"^(\w+) = ", "".join(EXAMPLES), re.M))
+    shown |= set(re.findall(r"^\[+sandbox\.(\w+)\]+$", "".join(EXAMPLES), re.M))
+    missing = SandboxSpec.model_fields.keys() - shown - {"models"}
+    assert missing == {"gpu_count", "processes", "snapshot"}  # said in the table alone
+    assert ModelSpec.model_fields.keys() - shown == {"adapter_revision"}
+
+
+def test_the_sentence_of_the_page_is_that_of_the_code() -> None:
+    rates = Rates(TABLE.gpus, TABLE.core, TABLE.gib, "the workspace's rates")
+    spec = SandboxSpec(gpu="H100", budget=10)
+    price = estimate(spec, rates)
+    said = terms(price, hard_stop(price, 4 * 3600, spec.limit()), spec.limit())
+    assert said in PAGE.read_text()
