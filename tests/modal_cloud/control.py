@@ -113,6 +113,10 @@ class Commands:
         """Process ids, as this machine numbers them, of everything in a sandbox; [] when it ended."""
         return self._cloud.find(sandbox).processes()
 
+    async def forgive(self) -> None:
+        """Forget all faults that are planned; sandboxes run on."""
+        self._cloud.faults.clear()
+
     async def clear(self) -> None:
         """End all sandboxes and forget all faults and settings; the ledger, images and volumes stay."""
         await self._cloud.clear()
