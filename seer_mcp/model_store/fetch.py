@@ -15,8 +15,8 @@ Writes lines of JSON to stdout: {"bytes", "total", "rate", "left", "file"} about
     FOLDER/manifest.json   written last: where it is, all files were there and verified
     FOLDER.lock            held by the process that fetches
 
-Whatever moment it is killed at, the next one goes on where it stopped. huggingface_hub's own
-snapshot_download begins a file anew then; so only its transport is used here (http_get).
+Whatever moment it is killed at, the next one goes on where it stopped. snapshot_download of recent
+versions (2.4) begins a file anew then; so only the hub's transport is used here (http_get).
 
 Python 3.9 and later; imports nothing of the server.
 """

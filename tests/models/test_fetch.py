@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -516,6 +517,19 @@ def test_a_volume_is_told_to_commit_before_and_after_the_manifest(
     before, after = (tmp_path / "seen").read_text().splitlines()
     assert before.split() == ["files", "parts", "plan.json"]
     assert after.split() == ["files", "manifest.json"]
+
+
+def test_the_page_on_models_has_every_code() -> None:
+    room = Path(fetch_program.__file__).parent
+    used: set[str] = {"cut_off"}
+    for path in (room / "fetch.py", room / "store.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Failed":
+                used.add(ast.literal_eval(node.args[0]))
+    page = (Path(__file__).parent.parent.parent / "docs" / "models.md").read_text()
+    table = page.partition("| code |")[2]
+    firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", " ".join(firsts))) == used
 
 
 def test_the_fetch_program_travels_alone() -> None:
