@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import secrets
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,31 @@ from .volume_rpc import VolumeCalls
 from .volumes import Volumes
 
 PREFIX = "modal-cloud-"
+LOCK = "lock"
+SHARED = Path("/dev/shm")
+
+
+def sweep() -> None:
+    """Take away the folders of clouds that were killed; one that lives holds its lock."""
+    for folder in Path(tempfile.gettempdir()).glob(PREFIX + "*"):
+        try:
+            lock = os.open(folder / LOCK, os.O_RDWR)
+        except FileNotFoundError:  # it is just being made, or was never finished
+            if folder.stat().st_mtime < time.time() - 60:
+                remove(folder)
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(folder)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(lock)
+
+
+def remove(folder: Path) -> None:
+    for one in (SHARED / folder.name, folder):
+        shutil.rmtree(one, ignore_errors=True)
 
 
 class Cloud:
@@ -42,10 +70,13 @@ class Cloud:
         self.isolated = can_isolate()
         if not self.isolated:
             raise RuntimeError("sandboxes need root on Linux, for namespaces and overlays")
+        sweep()
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         for name in ("blobs", "blocks", "s", "v"):
             (self.folder / name).mkdir()
-        self.layers = Path("/dev/shm", self.folder.name)
+        self.layers = SHARED / self.folder.name
         base = self.layers / "base"
         base.mkdir(parents=True)
         make_base_layer(base)
@@ -143,5 +174,5 @@ class Cloud:
         for server in self._servers:
             server.close()
             await server.wait_closed()
-        for folder in (self.folder, self.layers):
-            await asyncio.to_thread(shutil.rmtree, folder, True)
+        await asyncio.to_thread(remove, self.folder)
+        os.close(self._lock)

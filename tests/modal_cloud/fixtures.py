@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,8 +87,7 @@ def forget_client() -> None:
     from modal.client import _Client
 
     if _Client._client_from_env is not None:
-        modal.Client.from_env().close()
+        # In a thread: the client refuses blocking calls in one that runs an event loop.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(lambda: modal.Client.from_env().close()).result()
     ENVIRONMENT_CACHE.clear()
-
-
-__all__ = ["RunningCloud", "asyncio", "available", "client_environment", "running_cloud"]
