@@ -16,6 +16,8 @@ from ...errors import BadInput, SandboxStartFailed, SandboxUnreachable, SeerErro
 from ...money import TABLE, Rates, workspace_rates
 
 APP = "seer-mcp"
+# Tags of a sandbox: whose it is, which installation's, and its handle.
+OWNER, INSTANCE, HANDLE = "seer-owner", "seer-instance", "seer-handle"
 ASK_SECONDS = 20.0  # that one question may take; the client asks an API that is away for a minute
 RATES_SECONDS = 3.0
 RATES_FOR = 3600.0

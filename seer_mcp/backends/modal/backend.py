@@ -8,7 +8,7 @@ import json
 import math
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,9 @@ from .account import (
     APP,
     ASK_SECONDS,
     BROKEN,
+    HANDLE,
+    INSTANCE,
+    OWNER,
     PASSING,
     Account,
     no_secret,
@@ -48,8 +51,6 @@ from .journals import KEEP, Journals, kept_as
 from .models import Models
 from .sandbox import ENV, PYTHON, THERE, ModalSandbox
 
-# Tags of a sandbox.
-OWNER, INSTANCE, HANDLE = "seer-owner", "seer-instance", "seer-handle"
 DIGEST = "sha."
 NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")  # what may be a name or a tag at Modal
 LONGEST_SECONDS = 24 * 3600.0  # Modal's own limit
@@ -149,7 +150,7 @@ class ModalBackend:
                 "processes": PROCESSES,
                 "groups": [],
             },
-            keep=KEEP,
+            keep=f"{KEEP}/{kept_as(place.handle)}",
             lasts=lasts - min(GRACE_SECONDS, lasts / 4),
             files=FILES if spec.files else "",
         )
@@ -169,7 +170,7 @@ class ModalBackend:
             "memory": (memory, memory + ROOM_MIB),
             "block_network": spec.blocked,
             "outbound_domain_allowlist": domains,
-            "volumes": {**await self._journals.mount(place.handle, client), **volumes},
+            "volumes": {KEEP: await self._journals.volume(tag(place.owner), client), **volumes},
             "experimental_options": {"enable_docker": True} if spec.docker else None,
             "client": client,
         }
@@ -193,7 +194,8 @@ class ModalBackend:
             async with telling(report, f"waiting for {machine(spec)}"):
                 async with asyncio.timeout(PATIENCE_SECONDS):
                     there = await asyncio.shield(creating)
-            return ModalSandbox(await self._record(place.handle, there.object_id), there)
+            record = await self._record(arguments["tags"], place.handle, there.object_id)
+            return ModalSandbox(record, there)
         except BaseException as error:
             if isinstance(error, (modal.exception.NotFoundError, modal.exception.InvalidError)):
                 self._images.forget(image)  # what it needs was removed there meanwhile
@@ -351,7 +353,7 @@ class ModalBackend:
             ):
                 with suppress(modal.exception.NotFoundError):  # it ended meanwhile
                     has = await there.get_tags.aio()
-                    found.append(await self._record(has.get(HANDLE, ""), there.object_id))
+                    found.append(await self._record(has, has.get(HANDLE, ""), there.object_id))
         except modal.exception.NotFoundError:
             return []  # nothing was ever started
         except BROKEN as error:
@@ -369,13 +371,13 @@ class ModalBackend:
                 f"The journal of sandbox {record['handle']} cannot be fetched now: {said(error)}."
             ) from error
 
-    async def _record(self, handle: str, id: str) -> Record:
+    async def _record(self, tags: Mapping[str, str], handle: str, id: str) -> Record:
         app = await self._account.app()
         return {
             "handle": handle,
             "id": id,
             "app": APP,
-            "volume": self._journals.name,
+            "volume": self._journals.name(tags.get(OWNER, "")),
             "link": await app.get_dashboard_url.aio(),
         }
 

@@ -1,7 +1,8 @@
-"""Journals outlive their machines on a volume: one for each installation, a folder for each sandbox."""
+"""Journals outlive their machines on a volume: one for each owner, with a folder for each sandbox."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -10,9 +11,7 @@ from typing import Any
 import modal
 import modal.exception
 
-from ...files import private_dir
-
-KEEP = "/seer/keep"  # where a sandbox sees its folder; it sees no other's
+KEEP = "/seer/keep"  # where a sandbox has the volume of its owner
 
 
 def kept_as(handle: str) -> str:
@@ -22,22 +21,25 @@ def kept_as(handle: str) -> str:
 
 class Journals:
     def __init__(self, instance: str) -> None:
-        self.name = f"seer-mcp-journals-{instance}"
-        self._volume: Any = None
+        self._instance = instance
+        self._volumes: dict[str, Any] = {}
 
-    async def mount(self, handle: str, client: Any) -> dict[str, Any]:
-        """What to mount so that this sandbox can keep its journal."""
-        if self._volume is None:
-            volume = modal.Volume.from_name(
-                self.name, create_if_missing=True, version=2, client=client
-            )
+    def name(self, owner: str) -> str:
+        """The volume of an owner: nobody's sandbox sees what another's said."""
+        whose = hashlib.sha256(owner.encode()).hexdigest()[:12]
+        return f"seer-mcp-journals-{self._instance}-{whose}"
+
+    async def volume(self, owner: str, client: Any) -> Any:
+        name = self.name(owner)
+        if name not in self._volumes:
+            volume = modal.Volume.from_name(name, create_if_missing=True, version=2, client=client)
             await volume.hydrate.aio(client)
-            self._volume = volume
-        return {KEEP: self._volume.with_mount_options(sub_path=kept_as(handle))}
+            self._volumes[name] = volume
+        return self._volumes[name]
 
     def forget(self) -> None:
-        """Look for the volume anew the next time: somebody deleted it."""
-        self._volume = None
+        """Look for the volumes anew the next time: somebody deleted one."""
+        self._volumes.clear()
 
     async def fetch(self, name: str, folder: str, local: Path, client: Any) -> Path | None:
         """Bring a journal to `local`, and take it off the volume; None if none was kept.
@@ -45,7 +47,8 @@ class Journals:
         A call that was cut off leaves the journal on one of both sides, whole.
         """
         volume = modal.Volume.from_name(name, version=2, client=client)
-        part = private_dir(local.parent) / f".{local.name}.part"
+        local.parent.mkdir(parents=True, exist_ok=True)
+        part = local.parent / f".{local.name}.part"
         try:
             with open(part, "wb", opener=private) as file:
                 async for piece in volume.read_file.aio(f"{folder}/journal.jsonl"):

@@ -30,7 +30,7 @@ from ...model_store import (
     request,
 )
 from .. import Progress
-from .account import APP
+from .account import APP, HANDLE
 from .image import PYTHON, UV, Images
 from .sandbox import ModalSandbox
 
@@ -53,7 +53,7 @@ class Models:
         self, specs: tuple[ModelSpec, ...], tags: dict[str, str], app: Any, report: Progress
     ) -> tuple[dict[str, Any], dict[str, str]]:
         """Volumes to mount, and what the kernel has to be told. Raises ModelUnavailable, or modal's errors."""
-        found: dict[HubModel, Manifest] = {}
+        found: dict[HubModel, tuple[str, str]] = {}
         volumes: dict[str, Any] = {}
         for number, spec in enumerate(specs, 1):
             self._check(spec)
@@ -64,20 +64,14 @@ class Models:
                 if model in found:
                     continue
                 volume, manifest = await self._model(model, label, tags, app, report)
-                found[model] = manifest
-                volumes[f"{PLACES}/{len(found)}"] = volume.with_mount_options(
-                    read_only=True, sub_path="files"
-                )
+                place = f"{PLACES}/{len(found) + 1}"
+                volumes[place], path = mounted(volume, place, spec.hidden)
+                found[model] = (manifest.commit, path)
                 base = hub_model(manifest.base, here=self._here) if manifest.base else None
                 # The base that an adapter names, where nothing else was named for it to go on.
                 if base is not None and not spec.base and model.name == spec.name:
                     waiting.append(base)
-        told = kernel_map(
-            {
-                model: (manifest.commit, path)
-                for (model, manifest), path in zip(found.items(), volumes, strict=True)
-            }
-        )
+        told = kernel_map(found)
         return volumes, {MODELS_VARIABLE: json.dumps(told)} if told else {}
 
     def _check(self, spec: ModelSpec) -> None:
@@ -148,7 +142,7 @@ class Models:
                 f"{FETCHER}/fetch.py",
                 app=app,
                 name=model.volume,
-                tags=tags,
+                tags={**tags, HANDLE: model.volume},
                 image=image,
                 secrets=[modal.Secret.from_dict({**env})],
                 timeout=FETCH_SECONDS,
@@ -168,6 +162,16 @@ class Models:
             await asyncio.shield(ModalSandbox(record, there).terminate(politely=False))
             raise
         return there, True
+
+
+def mounted(volume: Any, place: str, hidden: bool) -> tuple[Any, str]:
+    """The volume as it is mounted, and the folder of the model then.
+
+    Beside the files lies a manifest that names the model: who must not learn it sees the files alone.
+    """
+    if hidden:
+        return volume.with_mount_options(read_only=True, sub_path="files"), place
+    return volume.with_mount_options(read_only=True), f"{place}/files"
 
 
 async def manifest_of(volume: Any) -> Manifest | None:

@@ -1,0 +1,141 @@
+"""A control plane on loopback, a client of it, and what the contract of all backends needs of both."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from seer_mcp.backends import Place, Record, Sandbox
+from seer_mcp.backends.modal import ModalBackend
+from seer_mcp.environment import SandboxSpec
+
+from ..support import config_for
+from .contract import OUTPUT_CAP, PACK, SLEEPS
+
+ROOT = Path(__file__).parent.parent.parent
+GPU = "T4"  # a machine with a GPU goes another way through the client (version 1 of sandboxes)
+FIND = """
+import asyncio, json, sys
+from pathlib import Path
+from tests.support import config_for
+from seer_mcp.backends.modal import ModalBackend
+backend = ModalBackend(config_for(Path(sys.argv[1])))
+print(asyncio.run(backend.find(json.loads(sys.argv[2]))) is not None)
+"""
+
+
+class ModalHarness:
+    patience = 30.0
+
+    def __init__(self, control: Any, folder: Path, gpu: str | None) -> None:
+        self.control = control
+        self.folder = folder
+        self.gpu = gpu
+        self.config = config_for(folder, output_cap=OUTPUT_CAP)
+        self.backend = ModalBackend(self.config)
+        elsewhere = folder / "elsewhere"
+        elsewhere.mkdir(exist_ok=True)
+        self.other = ModalBackend(config_for(elsewhere))
+        self._pack = folder / f"{PACK}.py"
+        self._pack.write_text("ANSWER = 42\n")
+        self.lacks = {
+            "processes": "Modal sets no such limit",
+            "last words": "the disk of a machine whose host was killed is gone with it",
+        }
+
+    def spec(self, **changes: Any) -> SandboxSpec:
+        return SandboxSpec(backend="modal", gpu=self.gpu, **changes)
+
+    async def make_broken(self) -> None:
+        """A snapshot of a sandbox in which somebody removed what the host needs."""
+        sandbox = await self.backend.start(self.spec(), self.place("c-broken-made", ""), print)
+        try:
+            process = await sandbox._there.exec.aio(
+                "sh", "-c", "rm -r $(python -c 'import jupyter_client as j; print(j.__path__[0])')"
+            )
+            assert await process.wait.aio() == 0
+            self._broken = await sandbox.snapshot()
+        finally:
+            await sandbox.terminate()
+
+    def broken(self) -> SandboxSpec:
+        return self.spec(snapshot=self._broken)
+
+    def impossible(self) -> SandboxSpec:
+        return self.spec(python="/nowhere/python")
+
+    def place(self, handle: str, owner: str, **more: Any) -> Place:
+        work = self.folder / "work" / handle
+        work.mkdir(parents=True, exist_ok=True)
+        return Place(
+            handle,
+            self.config.state_dir / "sandboxes" / handle,
+            self.folder / "sockets",
+            work,
+            (work / "notebook.ipynb",),
+            {PACK: self._pack},
+            owner,
+            **more,
+        )
+
+    def stale(self, record: Record) -> Record:
+        return {**record, "id": record["id"][:-6] + "000000"}
+
+    def host(self, sandbox: Sandbox) -> psutil.Process:
+        """The kernel host's process, as this machine sees it."""
+        ours = self.processes(sandbox.record()["id"])
+        (host,) = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if process.pid in ours and (process.info["cmdline"] or [])[-2:] == ["-m", "kernel_host"]
+        ]
+        return host
+
+    def processes(self, sandbox: str) -> list[int]:
+        return self.control.processes(sandbox=sandbox)
+
+    async def kill_host(self, sandbox: Sandbox) -> None:
+        self.host(sandbox).kill()
+
+    @asynccontextmanager
+    async def frozen(self, sandbox: Sandbox) -> AsyncGenerator[None]:
+        host = self.host(sandbox)
+        host.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            host.send_signal(signal.SIGCONT)
+
+    async def left(self, handle: str) -> list[str]:
+        ours = [row["id"] for row in self.alive() if row["name"] == handle]
+        found = [f"sandbox {id}" for id in ours]
+        found += [f"process {pid}" for id in ours for pid in self.processes(id)]
+        running = psutil.process_iter(["name", "cmdline"])
+        return found + [
+            p.info["name"] for p in running if " ".join(p.info["cmdline"] or []) in SLEEPS
+        ]
+
+    async def find_elsewhere(self, record: Record) -> bool:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            FIND,
+            str(self.folder),
+            json.dumps(record),
+            stdout=asyncio.subprocess.PIPE,
+            cwd=ROOT,
+        )
+        out, _ = await process.communicate()
+        return {b"True": True, b"False": False}[out.strip()]
+
+    def alive(self) -> list[dict[str, Any]]:
+        """Rows of the ledger that are not closed, billed already or not."""
+        return [row for row in self.control.ledger() if row["ended"] is None]

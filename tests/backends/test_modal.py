@@ -1,0 +1,106 @@
+"""The contract of all backends, for sandboxes at Modal: on a control plane of ours, both ways of its client."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from ..modal_cloud.control import Controller
+from ..modal_cloud.fixtures import available, client_environment, running_cloud
+from .contract import CANARY, CHECKS, Bench, Check
+from .modal_ground import GPU, ModalHarness
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(not available(), reason="the control plane's machines need root"),
+]
+
+# With a GPU the client goes another way where a sandbox is made, found, listed and ended, and where
+# its log is read; what goes over the line does not differ.
+OTHER_WAY = {
+    "a_start_reports_progress",
+    "a_started_kernel_answers",
+    "a_broken_interpreter_fails_with_its_log_and_leaves_nothing",
+    "an_impossible_spec_is_refused_before_anything_starts",
+    "a_cancelled_start_leaves_nothing",
+    "the_kernel_has_the_environment_of_its_spec",
+    "the_kernel_has_not_the_environment_of_the_server",
+    "a_record_holds_no_secret",
+    "a_living_sandbox_is_found_by_its_record",
+    "what_is_found_can_be_dialled",
+    "another_process_finds_it",
+    "an_ended_sandbox_is_not_found",
+    "a_number_that_was_given_to_something_else_is_not_found",
+    "two_lines_both_answer",
+    "an_empty_file_goes_there_and_back",
+    "no_path_leads_out",
+    "an_end_can_be_repeated",
+    "two_may_end_it_at_once_while_a_cell_runs",
+    "the_death_of_a_host_is_seen_and_leaves_nothing",
+    "the_journal_of_an_ended_sandbox_can_be_read",
+    "nothing_left_behind_is_an_answer",
+    "a_lifetime_ends_a_sandbox_that_works",
+    "a_sweep_names_what_runs_without_a_record",
+    "a_sweep_is_for_one_owner",
+    "a_sweep_names_nothing_of_another_state_folder",
+    "clear_ends_a_handle_and_only_for_its_own_state_folder",
+    "the_network_can_be_shut_out",
+}
+
+
+@pytest.fixture(scope="module")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def control() -> Iterator[Controller]:
+    with running_cloud() as cloud, client_environment(cloud.environment):
+        yield cloud.control
+        assert cloud.control.errors() == []
+
+
+@pytest.fixture(scope="module")
+async def bench(
+    request: pytest.FixtureRequest,
+    control: Controller,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> AsyncIterator[Bench]:
+    os.environ[CANARY] = "of-the-server-alone"
+    gpu = GPU if request.param == "gpu" else None
+    harness = ModalHarness(control, tmp_path_factory.mktemp("contract"), gpu)
+    await harness.make_broken()
+    made = Bench(harness)
+    try:
+        yield made
+    finally:
+        await made.close()
+        del os.environ[CANARY]
+    assert harness.alive() == []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "check" in metafunc.fixturenames:
+        cases = [
+            pytest.param(
+                way,
+                check,
+                id=f"{way}-{check.__name__}",
+                marks=[pytest.mark.slow]
+                if way == "gpu" and check.__name__ not in OTHER_WAY
+                else [],
+            )
+            for way in ("cpu", "gpu")
+            for check in CHECKS
+        ]
+        metafunc.parametrize(("bench", "check"), cases, indirect=["bench"], scope="module")
+
+
+async def test_contract(bench: Bench, check: Check) -> None:
+    await check(bench)
+
+
+def test_the_short_list_names_checks() -> None:
+    assert {check.__name__ for check in CHECKS} >= OTHER_WAY
