@@ -5,7 +5,7 @@ runs, is fetch.py; what it says is understood in follow.py; the models on this m
 store.py; `seer-mcp models` is command.py.
 """
 
-from .follow import FetchProgress, Manifest, follow, program, request
+from .follow import FetchProgress, Manifest, follow, program, request, unnamed
 from .names import MODELS_VARIABLE, HubModel, hub_model, hub_models, kernel_map
 from .store import ModelStore
 
@@ -21,4 +21,5 @@ __all__ = [
     "kernel_map",
     "program",
     "request",
+    "unnamed",
 ]

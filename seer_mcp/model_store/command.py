@@ -59,8 +59,9 @@ def run_models(flags: argparse.Namespace, config: Config) -> int:
     if flags.verb == "remove":
         say(f"{model.label}: {big(store.remove(model, flags.force))} freed")
         return 0
+    token = config.secrets.find(["HF_TOKEN"]).values.get("HF_TOKEN", "")
     try:
-        return asyncio.run(fetch_shown(store, model, flags.json))
+        return asyncio.run(fetch_shown(store, model, token, flags.json))
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped. The same command goes on from here.\n")
         return 130
@@ -132,14 +133,14 @@ class Shown:
             sys.stderr.write("\r\x1b[K")
 
 
-async def fetch_shown(store: ModelStore, model: HubModel, as_json: bool) -> int:
+async def fetch_shown(store: ModelStore, model: HubModel, token: str, as_json: bool) -> int:
     """The model and, of an adapter, the base that it names."""
     found: list[Manifest] = []
     wanted: list[HubModel] = [model]
     shown = Shown()
     for one in wanted:
         try:
-            manifest = await store.fetch(one, shown)
+            manifest = await store.fetch(one, shown, token)
         finally:
             shown.end()
         found.append(manifest)

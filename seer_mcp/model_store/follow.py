@@ -78,6 +78,15 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def unnamed(error: ModelUnavailable, label: str) -> ModelUnavailable:
+    """The failure of a hidden model, for who must not learn its name."""
+    why = (
+        f"{error.code} (docs/models.md tells what this means). Its name is hidden, so the whole reason is only told "
+        "to who runs the server: seer-mcp models fetch says it."
+    )
+    return ModelUnavailable(label, error.code, why)
+
+
 Report = Callable[[FetchProgress], None]
 
 

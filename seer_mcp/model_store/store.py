@@ -19,7 +19,7 @@ from ..environment import ModelSpec
 from ..errors import Conflict, ModelUnavailable, NotFound, show
 from ..files import Lock
 from . import fetch
-from .follow import FETCHER, Manifest, Report, follow, request
+from .follow import FETCHER, Manifest, Report, follow, request, unnamed
 from .names import MODELS_VARIABLE, HubModel, hub_model, hub_models, kernel_map
 
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -100,7 +100,8 @@ class ModelStore:
         if self.manifest(model) is None:
             known = [kept.model.label for kept in self.list() if kept.complete]
             raise NotFound("fetched model", model.label, known, "Fetch it: seer-mcp models fetch.")
-        (self._place(model) / "used").touch()
+        with contextlib.suppress(OSError):  # it is another user's, or read-only: no date then
+            (self._place(model) / "used").touch()
         return self._place(model) / "files"
 
     def check(self, model: HubModel, deep: bool = False) -> list[str]:
@@ -169,9 +170,12 @@ class ModelStore:
                 model = waiting.pop(0)
                 if model in found:
                     continue
-                manifest = await self.fetch(
-                    model, lambda p, label=label: report(p.sentence(label)), token
-                )
+                try:
+                    manifest = await self.fetch(
+                        model, lambda p, label=label: report(p.sentence(label)), token
+                    )
+                except ModelUnavailable as error:
+                    raise (unnamed(error, label) if label else error) from None
                 found[model] = (manifest.commit, str(self.path_of(model)))
                 base = hub_model(manifest.base, here=here) if manifest.base else None
                 # The base that an adapter names, where nothing else was named for it to go on.

@@ -171,6 +171,8 @@ class Handler(BaseHTTPRequestHandler):
                 r"/api/resolve-cache/models/(.+?)/([0-9a-f]{40})/(.+)", path
             ):
                 self.small(*found.groups())
+            elif found := re.fullmatch(r"/api/models/(.+)/tree/([^/]+)/?", path):
+                self.tree(found[1], found[2])
             elif found := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
                 self.resolve(*found.groups())
             else:
@@ -243,6 +245,19 @@ class Handler(BaseHTTPRequestHandler):
             "siblings": siblings,
         }
         self.send(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def tree(self, name: str, revision: str) -> None:
+        """Which snapshot_download asks for; the fetch program does not."""
+        if not (repo := self.visible(name, False)) or not (found := self.files_of(repo, revision)):
+            return
+        entries: list[dict[str, Any]] = []
+        for path, content in found[1].items():
+            entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
+            if path.endswith(LARGE):
+                sha256 = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
+            entries.append({**entry, "oid": git_id(content)})
+        self.send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         if not (repo := self.visible(name, True)) or not (found := self.files_of(repo, revision)):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import os
+import random
 import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,6 +218,63 @@ def test_a_fetch_ends_when_nobody_listens(hub: Hub, fetch: Fetcher) -> None:
     run.process.stdout.close()
     assert run.process.wait(20) == 1
     assert not run.complete
+
+
+def killed_again_and_again(hub: Hub, fetch: Fetcher, times: int, seed: int) -> None:
+    """Kills at random moments; then the model is whole, and little came twice."""
+    chance = random.Random(seed)
+    names = [f"model-0000{i}-of-00006.safetensors" for i in range(1, 7)]
+    index = json.dumps({"weight_map": {name: name for name in names}}).encode()
+    shards = {name: os.urandom(2 * MB + 999) for name in names}
+    files = {**SMALL, "model.safetensors.index.json": index, **shards}
+    hub.add("lab/model", files)
+    kills = 0
+    while kills < times:
+        for name in names:
+            sha256 = hashlib.sha256(shards[name]).hexdigest()
+            hub.fault(sha256, hold=chance.randrange(MB // 2, 3 * MB))
+        run = fetch.start("lab/model")
+        run.until("bytes" if chance.random() < 0.8 else "total")
+        time.sleep(chance.random() * 0.3)
+        run.kill()
+        assert not run.complete
+        kills += 1
+        for fault in hub.faults:
+            fault.go()
+        hub.faults.clear()
+    assert fetch("lab/model").files() == files
+    total = sum(map(len, shards.values()))
+    # A kill loses what was on its way: a piece of each file in work, and what sockets hold.
+    assert hub.sent("/repos/") <= total + kills * 4 * 4 * MB
+
+
+def test_a_fetch_that_is_killed_three_times_comes_to_its_end(hub: Hub, fetch: Fetcher) -> None:
+    killed_again_and_again(hub, fetch, 3, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_fetch_that_is_killed_25_times_comes_to_its_end(
+    hub: Hub, fetch: Fetcher, seed: int
+) -> None:
+    killed_again_and_again(hub, fetch, 25, seed)
+
+
+def test_the_hubs_own_downloader_is_content_with_this_hub(hub: Hub, fetch: Fetcher) -> None:
+    hub.add("lab/gated", MODEL, gated=True)
+    hub.accounts[TOKEN] = {"lab/gated"}
+    code = (
+        "import huggingface_hub as h, sys; h.snapshot_download('lab/gated', local_dir=sys.argv[1])"
+    )
+    env = {"PATH": os.environ["PATH"], "HOME": str(fetch.home), "HF_ENDPOINT": hub.url}
+    folder = fetch.root / "other"
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert "GatedRepoError" in done.stderr
+    done = subprocess.run(command, env={**env, "HF_TOKEN": TOKEN}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {name: (folder / name).read_bytes() for name in MODEL} == MODEL
 
 
 # -- failures -----------------------------------------------------------------------------------

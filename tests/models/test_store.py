@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from seer_mcp.model_store import (
 )
 from seer_mcp.model_store.follow import FETCHER
 
+from .conftest import wait_until
 from .hub import Hub
 
 ROOT = Path(__file__).parent.parent.parent
@@ -337,9 +339,42 @@ def test_a_kernel_without_network_loads_what_was_fetched(
     assert done.stdout == "lab/female.v1 ['female_v1'] lab/base ['word', 'female_v1'] []\n"
 
 
+def test_the_failure_of_a_hidden_model_does_not_name_it(hub: Hub, store: ModelStore) -> None:
+    hub.accounts[TOKEN] = set()
+    spec = ModelSpec(name="lab/secret-word", hidden=True)
+    with pytest.raises(ModelUnavailable) as caught:
+        asyncio.run(store.fetch_all([spec], print))
+    assert caught.value.code == "not_found"
+    assert "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
 def test_without_models_a_kernel_is_told_nothing(store: ModelStore) -> None:
     assert asyncio.run(store.fetch_all([ModelSpec(name="organism:base")], print)) == {}
     assert ModelStore.environment({}) == {}
+
+
+def test_a_read_only_store_serves_as_well(hub: Hub, store: ModelStore, tmp_path: Path) -> None:
+    hub.accounts[TOKEN] = set()
+    hub.add("lab/model", FILES)
+    get(store)
+    root = str(store.root)
+    done = subprocess.run(["mount", "--bind", root, root], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("only root on Linux can make a folder read-only for everybody")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", root], check=True)
+        with pytest.raises(OSError, match="Read-only"):
+            (store.root / "x").touch()
+        get(store)
+        assert (store.path_of(MODEL) / "config.json").read_bytes() == FILES["config.json"]
+        asked = len(hub.requests)
+        with pytest.raises(ModelUnavailable, match="cannot be written") as caught:
+            get(store, HubModel("lab/model", "v1"))
+        assert caught.value.code == "folder"
+        assert len(hub.requests) == asked
+    finally:
+        subprocess.run(["umount", "-l", root], check=True)
 
 
 # -- the command --------------------------------------------------------------------------------
@@ -393,6 +428,42 @@ def test_the_command_fetches_lists_checks_and_removes(hub: Hub, tmp_path: Path) 
     assert status == 2
     assert "Known: 'lab/model'" in err
     assert command(hub, tmp_path, "fetch", "./here")[0] == 2
+
+
+def test_an_interrupted_command_ends_its_fetch_and_says_how_to_go_on(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.add("lab/model", FILES)
+    hub.fault("/repos/", hold=MB)
+    (tmp_path / ".env").write_text(f"HF_TOKEN={TOKEN}\n")
+    hub.accounts[TOKEN] = set()
+    words = ["fetch", "lab/model", "--models", str(tmp_path / "models")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "seer_mcp.cli", "models", *words],
+        env={
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "HF_ENDPOINT": hub.url,
+            "PYTHONPATH": str(ROOT),
+        },
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: hub.sent("/repos/") >= MB)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.endswith("Stopped. The same command goes on from here.\n")
+    wait_until(lambda: not [p for p in fetchers() if p.environ().get("HOME") == str(tmp_path)])
+    # A token that is only in the project's .env was used.
+    assert {r.token for r in hub.asked("/resolve/")} == {TOKEN}
+    hub.forget()
+    assert command(hub, tmp_path, "fetch", "lab/model")[0] == 0
+    assert hub.sent("/repos/") <= 2 * MB
 
 
 def test_the_token_is_only_in_what_the_fetch_gets(tmp_path: Path) -> None:
