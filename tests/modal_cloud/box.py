@@ -99,6 +99,8 @@ class Box:
         self.pid = 0
         """Process 1 of the box, as this machine numbers it."""
         self._life = -1
+        self._handle = -1
+        """Of process 1: unlike its number, it never means another process."""
         self._launcher: asyncio.subprocess.Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -119,7 +121,6 @@ class Box:
             "work": str(work),
             "root": str(root),
             "binds": self.plan.binds,
-            "read_only": [],
             "volumes": [
                 {
                     "path": volume.path,
@@ -159,8 +160,7 @@ class Box:
             await self._hear_start(reader)
         except BaseException:
             self.kill()
-            os.close(self._life)
-            self.ended.set()
+            self._finish()
             raise
         finally:
             written.unlink()
@@ -178,6 +178,7 @@ class Box:
             word = json.loads(line)
             if "pid" in word:
                 self.pid = word["pid"]
+                self._handle = os.pidfd_open(self.pid)
             elif "ready" in word:
                 return
             elif "failed" in word:
@@ -192,15 +193,21 @@ class Box:
         while line := await reader.readline():
             self.code = json.loads(line).get("exit", self.code)
         await self._launcher.wait()
-        os.close(self._life)
         await asyncio.gather(*self._tasks[:2])  # what it printed, to the end
+        self._finish()
+
+    def _finish(self) -> None:
+        for descriptor in (self._life, self._handle):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._life = self._handle = -1
         self.ended.set()
 
     def kill(self) -> None:
         """End every process of the box at once; `ended` follows."""
-        if not self.ended.is_set() and self.pid:
+        if self._handle >= 0:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
 
     async def run(
         self, argv: list[str], env: dict[str, str], workdir: str, **pipes: int

@@ -33,15 +33,13 @@ def mount(source, target, kind, flags, options=""):
     check(done, f"mount {source} on {target} ({kind} {options})")
 
 
-def bind(source, target, read_only=False):
+def bind(source, target):
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         open(target, "a").close()
     mount(source, target, "", BIND)
-    if read_only:
-        mount("", target, "", BIND | REMOUNT | RDONLY)
 
 
 def make_root(plan):
@@ -55,7 +53,7 @@ def make_root(plan):
     mount("/sys", root + "/sys", "", BIND)  # not recursive: control groups stay out
     mount("", root + "/sys", "", BIND | REMOUNT | RDONLY)
     for source, target in plan["binds"]:
-        bind(source, root + target, source in plan["read_only"])
+        bind(source, root + target)
     for volume in plan["volumes"]:
         target = root + volume["path"]
         os.makedirs(target, exist_ok=True)
