@@ -111,9 +111,11 @@ class Log:
 
     def write(self, event: str, level: int = logging.INFO, **fields: Any) -> None:
         """One event: a line in the file, and a sentence on stderr if that is asked for this level."""
-        fields = self.redactor.value(fields)
         if LOGGER.isEnabledFor(level):
-            told = (f"{k}={show(v)}" for k, v in fields.items() if v is not None)
+            clean = self.redactor.value(
+                fields
+            )  # before show() cuts: a part of a value is not found
+            told = (f"{k}={show(v)}" for k, v in clean.items() if v is not None)
             LOGGER.log(level, "%s: %s", event, " ".join(told))
         self.keep(event, level, fields)
 

@@ -608,12 +608,20 @@ def test_values_of_secrets_are_in_no_log_and_no_audit(tmp_path: Path) -> None:
     assert kept.count("[secret HF_TOKEN]") >= 3
     assert SECRET[:9] not in kept  # nor a part of it, where a text was cut
     code = (
-        "import os, sys; from seer_mcp.logs import LOGGER, log_to_stderr\n"
+        "import os, sys; from pathlib import Path\n"
+        "from seer_mcp.logs import LOGGER, Log, log_to_stderr\n"
         "from seer_mcp.redact import Redactor\n"
         "log_to_stderr('debug', Redactor({'HF_TOKEN': sys.argv[1]}))\n"
-        "LOGGER.warning('it is %s', sys.argv[1])"
+        "LOGGER.warning('it is %s', sys.argv[1])\n"
+        "log = Log(Path(sys.argv[2]), 'x', Redactor({'HF_TOKEN': sys.argv[1]}))\n"
+        "log.write('cut', text='y' * 65 + ' ' + sys.argv[1])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, SECRET], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, SECRET, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert done.stderr.rstrip().endswith("it is [secret HF_TOKEN]")
+    direct, cut = done.stderr.splitlines()
+    assert direct.endswith("it is [secret HF_TOKEN]")
+    assert "y [secret HF_" in cut and SECRET[:6] not in cut

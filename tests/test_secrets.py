@@ -334,6 +334,11 @@ async def test_what_waits_too_long_goes_out_and_the_whole_value_still_does_not(
     assert folding.text() == f"> {TOKEN[:6]}"
     folding.stream(TOKEN[6:] + "!")
     assert folding.text() == f"> {TOKEN[:6]}[secret K]!"
+    folding.stream(f"\n> {TOKEN[:6]}", run="r2")
+    await asyncio.sleep(0.05)
+    folding.stream(" and so on", run="r2")
+    folding.event("end", run="r2")
+    assert folding.text("r2") == f"\n> {TOKEN[:6]} and so on"
 
 
 @pytest.mark.anyio
