@@ -85,7 +85,7 @@ class Cloud:
         self.accounts = Accounts("ak-" + secrets.token_hex(8), "as-" + secrets.token_hex(16))
         self.mounts = Mounts(self.folder / "blobs", self.layers)
         self.images = Images(self.mounts, self.layers)
-        self.volumes = Volumes(self.folder / "v")
+        self.volumes = Volumes(self.folder / "v", self.faults.errors)
         self.capacity = Capacity()
         self.sandboxes = Sandboxes(
             self.folder / "s",

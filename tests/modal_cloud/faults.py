@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from grpclib import GRPCError, Status
@@ -15,8 +16,9 @@ RESET = "reset"
 
 @dataclass
 class Fault:
-    """Fails calls of `rpc`, beginning with the `nth` from now, `times` times (0: for ever).
+    """Fails calls of `rpc` (a pattern, like Task* for all of the router).
 
+    It begins with the `nth` call from now, and does so `times` times (0: for ever).
     `when` = "before": the call does nothing. "after": it is carried out, and its answer is lost (a
     stream is cut after its first message). `status` is a gRPC status name, or "reset" for a stream
     that breaks without one. With no status the call is only delayed, by `delay` seconds.
@@ -47,7 +49,7 @@ class Fault:
 
     def takes(self, rpc: str, request: Any) -> bool:
         """Whether this call is one to fail; counts it."""
-        if self.rpc not in (rpc, "*") or (self.times and self.done >= self.times):
+        if not fnmatchcase(rpc, self.rpc) or (self.times and self.done >= self.times):
             return False
         if self.match and self.match not in str(request):
             return False

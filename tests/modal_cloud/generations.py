@@ -65,6 +65,8 @@ def replace(target: Path, data: bytes, mode: int = 0o644) -> None:
 
 
 def remove(target: Path) -> None:
+    if not target.parent.is_dir():
+        return
     if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
     else:
@@ -72,16 +74,36 @@ def remove(target: Path) -> None:
 
 
 @dataclass
+class Changes:
+    written: dict[str, Signature]
+    """By the path in the volume."""
+    gone: set[str]
+    """Paths that were committed from here and are no more; the overlay has no trace of them."""
+
+    def __bool__(self) -> bool:
+        return bool(self.written or self.gone)
+
+
+@dataclass
 class Overlay:
     """What one sandbox wrote to a volume: the upper folder of an overlay, and what of it is committed."""
 
     upper: Path
+    lower: Path
+    """The commit that it was mounted over."""
     done: dict[str, Signature] = field(default_factory=dict)
 
-    def fresh(self) -> dict[str, Signature]:
-        """What was not committed yet, by its path in the volume; a folder only if it is new."""
+    def fresh(self) -> Changes:
+        """What was not committed yet; a folder only if it is new."""
         found = dict(self._walk(self.upper))
-        return {path: what for path, what in found.items() if self.done.get(path) != what}
+        written = {path: what for path, what in found.items() if self.done.get(path) != what}
+        return Changes(written, self.done.keys() - found.keys())
+
+    def note(self, changes: Changes) -> None:
+        """These are committed."""
+        self.done |= changes.written
+        for path in changes.gone:
+            self.done.pop(path, None)
 
     def _walk(self, folder: Path) -> Iterator[tuple[str, Signature]]:
         for entry in os.scandir(folder):
@@ -93,9 +115,11 @@ class Overlay:
             else:
                 yield path, (info.st_ino, info.st_mtime_ns, info.st_size)
 
-    def apply(self, changes: dict[str, Signature], generation: Path) -> None:
+    def apply(self, changes: Changes, generation: Path) -> None:
         """Bring the changes into a generation; a folder comes before what is in it."""
-        for path in sorted(changes, key=lambda path: path.count("/")):
+        for path in changes.gone:
+            remove(generation / path)
+        for path in sorted(changes.written, key=lambda path: path.count("/")):
             source, target = self.upper / path, generation / path
             try:
                 info = source.lstat()
@@ -104,9 +128,7 @@ class Overlay:
             if stat.S_ISCHR(info.st_mode) and info.st_rdev == 0:  # a whiteout: it was removed
                 remove(target)
             elif stat.S_ISDIR(info.st_mode):
-                if _opaque(source) or (target.is_symlink() or not target.is_dir()):
-                    remove(target)
-                target.mkdir(parents=True, exist_ok=True)
+                self._folder(path, target)
                 shutil.copystat(source, target)
             elif stat.S_ISLNK(info.st_mode):
                 remove(target)
@@ -118,9 +140,34 @@ class Overlay:
                     remove(target)
                 part.replace(target)
 
+    def _folder(self, path: str, target: Path) -> None:
+        """Make a folder as the overlay shows it, but for what is in the upper one."""
+        if _attribute(self.upper / path, "redirect"):  # it was renamed: it has the old one's files
+            remove(target)
+            shutil.copytree(
+                self.lower / self._origin(path), target, symlinks=True, copy_function=os.link
+            )
+        elif (
+            _attribute(self.upper / path, "opaque") == "y"
+            or target.is_symlink()
+            or not target.is_dir()
+        ):
+            remove(target)
+        target.mkdir(parents=True, exist_ok=True)
 
-def _opaque(folder: Path) -> bool:
+    def _origin(self, path: str) -> str:
+        """Where in the lower folder the files of an upper one come from."""
+        if not path:
+            return ""
+        parent, _, name = path.rpartition("/")
+        renamed = _attribute(self.upper / path, "redirect")
+        if renamed.startswith("/"):
+            return renamed[1:]
+        return os.path.join(self._origin(parent), renamed or name)
+
+
+def _attribute(folder: Path, name: str) -> str:
     try:
-        return os.getxattr(folder, "trusted.overlay.opaque") == b"y"
+        return os.fsdecode(os.getxattr(folder, f"trusted.overlay.{name}"))
     except OSError:
-        return False
+        return ""

@@ -45,9 +45,8 @@ def bind(source, target):
 def make_root(plan):
     root = plan["root"]
     mount("", "/", "", REC | PRIVATE)
-    options = "lowerdir=%s,upperdir=%s,workdir=%s,volatile"
     lower = ":".join([*plan["layers"], "/"])
-    mount("sandbox", root, "overlay", 0, options % (lower, plan["upper"], plan["work"]))
+    overlay(root, lower, plan["upper"], plan["work"])
     mount("proc", root + "/proc", "proc", NOSUID | NODEV)
     devices(root + "/dev")
     mount("/sys", root + "/sys", "", BIND)  # not recursive: control groups stay out
@@ -57,7 +56,8 @@ def make_root(plan):
     for volume in plan["volumes"]:
         target = root + volume["path"]
         os.makedirs(target, exist_ok=True)
-        mount_volume(volume, target)
+        flags = RDONLY if volume["read_only"] else 0
+        overlay(target, volume["lower"], volume["upper"], volume["work"], flags)
     os.chdir(root)
     check(libc.syscall(PIVOT_ROOT, b".", b"."), "pivot_root")
     check(libc.umount2(b".", DETACH), "umount of the old root")
@@ -65,13 +65,10 @@ def make_root(plan):
     os.makedirs(plan["workdir"], exist_ok=True)
 
 
-def mount_volume(volume, target):
-    options = "lowerdir={},upperdir={},workdir={},volatile".format(
-        volume["lower"],
-        volume["upper"],
-        volume["work"],
-    )
-    mount("volume", target, "overlay", RDONLY if volume["read_only"] else 0, options)
+def overlay(target, lower, upper, work, flags=0):
+    """A folder can be renamed there whichever layer it comes from, and nothing waits for the disk."""
+    options = f"lowerdir={lower},upperdir={upper},workdir={work},redirect_dir=on,volatile"
+    mount("overlay", target, "overlay", flags, options)
 
 
 def devices(folder):

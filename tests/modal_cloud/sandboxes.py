@@ -255,8 +255,9 @@ class Sandboxes:
             elif not sandbox.why and idle and moment >= sandbox.active + idle:
                 sandbox.why = "idle"
                 box.kill()
+            next_look = min(1, deadline - moment, sandbox.active + (idle or LONGEST) - moment)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(box.ended.wait(), max(0.05, min(1, deadline - moment)))
+                await asyncio.wait_for(box.ended.wait(), max(0.02, next_look))
         self._conclude(sandbox, box.code)
 
     def _conclude(self, sandbox: Sandbox, code: int | None) -> None:

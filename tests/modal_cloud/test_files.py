@@ -103,12 +103,38 @@ async def test_what_is_written_is_the_sandboxs_own_until_sync(
     assert await read(volume, "changed") == b"oldmore"
     with pytest.raises(FileNotFoundError):
         await read(volume, "gone")
+    await output(sandbox, "bash", "-c", "echo 1 > /vol/mine; mkdir /vol/own; sync /vol")
+    assert await read(volume, "mine") == b"1\n"
+    await output(sandbox, "bash", "-c", "rm -r /vol/mine /vol/own; sync /vol")
+    assert {entry.path for entry in await volume.listdir.aio("/")} == {"kept", "changed", "d"}
     assert await output(other, "ls", "/vol") == "changed\ngone\nkept\n"
     await other.reload_volumes.aio()
     assert await output(other, "ls", "/vol") == "changed\nd\nkept\n"
     await output(other, "bash", "-c", "cat /vol/d/f; echo last > /vol/last")
     await other.terminate.aio(wait=True)
     assert await read(volume, "last") == b"last\n"
+
+
+async def test_renames_on_a_volume_are_committed(app: modal.App) -> None:
+    volume = new_volume()
+    async with volume.batch_upload.aio() as batch:
+        for name in ("d/one", "d/sub/two", "e/three", "f/four"):
+            batch.put_file(io.BytesIO(name.encode()), name)
+    sandbox = await create(app, volumes={"/vol": volume})
+    script = (
+        "import os; os.chdir('/vol'); os.rename('d', 'g'); os.rename('g/sub', 'sub'); "
+        "os.rename('e', 'g/e'); open('g/e/new', 'w').write('n'); os.rename('f/four', 'five'); "
+        "os.rename('f', 'd')"
+    )
+    await output(sandbox, "python", "-c", script)
+    seen = await output(sandbox, "bash", "-c", "cd /vol; find . -type f -printf '%P\\n' | sort")
+    assert seen.split() == ["five", "g/e/new", "g/e/three", "g/one", "sub/two"]
+    await output(sandbox, "sync", "/vol")
+    listed = await volume.listdir.aio("/", recursive=True)
+    assert sorted(e.path for e in listed if e.type.name == "FILE") == seen.split()
+    assert {e.path for e in listed if e.type.name == "DIRECTORY"} == {"d", "g", "g/e", "sub"}
+    assert await read(volume, "g/e/three") == b"e/three"
+    assert await read(volume, "sub/two") == b"d/sub/two"
 
 
 async def test_reload_says_so_if_files_are_open(app: modal.App) -> None:

@@ -13,9 +13,11 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable
+import traceback
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from grpclib import Status
 from modal_proto import api_pb2
@@ -44,7 +46,7 @@ class Mounted:
 
     def next(self) -> None:
         self.times += 1
-        self.overlay = Overlay(self.folder / f"{self.times}/upper")
+        self.overlay = Overlay(self.folder / f"{self.times}/upper", self.volume.newest)
         self.overlay.upper.mkdir(parents=True)
         (self.folder / f"{self.times}/work").mkdir()
 
@@ -66,7 +68,8 @@ class Mounted:
         """The mount command inside the sandbox."""
         lower = f"{self.hidden}/commits/{self.volume.generation}"
         own = f"{self.hidden}/own/{self.times}"
-        options = f"lowerdir={lower},upperdir={own}/upper,workdir={own}/work,volatile"
+        layers = f"lowerdir={lower},upperdir={own}/upper,workdir={own}/work"
+        options = f"{layers},redirect_dir=on,volatile"
         read_only = ["-r"] if self.read_only else []
         return ["mount", *read_only, "-t", "overlay", "volume", "-o", options, self.path]
 
@@ -84,23 +87,26 @@ class Mounted:
         changes = await asyncio.to_thread(overlay.fresh)
         if changes:
             await self.volume.change(lambda generation: overlay.apply(changes, generation))
-            overlay.done |= changes
+            overlay.note(changes)
 
 
 class MountedVolumes:
     """All volumes of one sandbox, and what commits them while it runs."""
 
-    def __init__(self, mounts: Iterable[Mounted], control: Path, every: float) -> None:
+    def __init__(
+        self, mounts: Iterable[Mounted], control: Path, every: float, errors: list[str]
+    ) -> None:
         self.mounts = list(mounts)
         self._control = control
         self._every = every
+        self._errors = errors
         self._tasks: list[asyncio.Task[None]] = []
         self._requests = -1
 
     def start(self) -> None:
         """Commits in the background, and answers `sync` in the sandbox."""
         if self.mounts:
-            self._tasks.append(asyncio.create_task(self._in_background()))
+            self._run(self._in_background())
         name = self._control / "requests"
         os.mkfifo(name)
         self._requests = os.open(name, os.O_RDWR | os.O_NONBLOCK)
@@ -108,7 +114,16 @@ class MountedVolumes:
 
     def _hear(self) -> None:
         for line in os.read(self._requests, 65536).splitlines():
-            self._tasks.append(asyncio.create_task(self._sync(**json.loads(line))))
+            self._run(self._sync(**json.loads(line)))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        task.add_done_callback(self._check)
+
+    def _check(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            self._errors.append("volumes: " + "".join(traceback.format_exception(error)))
 
     async def _sync(self, answer: str, paths: list[str]) -> None:
         refused = ""
@@ -168,6 +183,8 @@ class MountedVolumes:
 @dataclass
 class Volumes:
     folder: Path
+    errors: list[str]
+    """Where defects of this server are told."""
     background_seconds: float = 5.0
     by_id: dict[str, Volume] = field(default_factory=dict)
 
@@ -183,7 +200,7 @@ class Volumes:
         self, wanted: Iterable[api_pb2.VolumeMount], folder: Path, control: Path
     ) -> MountedVolumes:
         mounts = [self._mount(mount, folder / f"v{n}") for n, mount in enumerate(wanted)]
-        return MountedVolumes(mounts, control, self.background_seconds)
+        return MountedVolumes(mounts, control, self.background_seconds, self.errors)
 
     def _mount(self, mount: api_pb2.VolumeMount, folder: Path) -> Mounted:
         volume = self.get(mount.volume_id)
