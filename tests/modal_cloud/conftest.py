@@ -17,7 +17,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # the environment of other tests has no token in it
 def running() -> Iterator[RunningCloud]:
     if not available():
         pytest.skip("sandboxes need root on Linux here, for namespaces and overlays")

@@ -63,8 +63,8 @@ def available() -> bool:
 def client_environment(environment: dict[str, str]) -> Iterator[None]:
     """Points this process's modal client at a cloud, and away from it afterwards.
 
-    The client keeps one connection per process, and hydrates its default image once: a process
-    should use one cloud only, or forget both as this does.
+    The client keeps one connection per process, and what it looked up once (its environment, the
+    default image): all that is forgotten.
     """
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
@@ -81,13 +81,16 @@ def client_environment(environment: dict[str, str]) -> Iterator[None]:
 
 
 def forget_client() -> None:
-    """Close this process's modal client, and let the next one read the environment."""
+    """Close this process's modal client; the next one reads the environment and looks things up."""
     import modal
     from modal._environments import ENVIRONMENT_CACHE  # type: ignore[attr-defined]
     from modal.client import _Client
+    from modal.sandbox._common import _default_image
 
     if _Client._client_from_env is not None:
         # In a thread: the client refuses blocking calls in one that runs an event loop.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(lambda: modal.Client.from_env().close()).result()
     ENVIRONMENT_CACHE.clear()
+    if _default_image._is_hydrated:
+        _default_image._unhydrate()

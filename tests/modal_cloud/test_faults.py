@@ -221,12 +221,11 @@ async def test_a_readiness_probe(app: modal.App) -> None:
     assert await output(sandbox, "ls", "/tmp/ready") == "/tmp/ready\n"
 
 
-async def test_nothing_is_left_when_the_cloud_is_killed(running: RunningCloud) -> None:
+async def test_nothing_is_left_when_the_cloud_is_killed(app: modal.App) -> None:
     with running_cloud() as own, client_environment(own.environment):
         app = await modal.App.lookup.aio("own", create_if_missing=True)
-        image = modal.Image.debian_slim(python_version="3.11")
         volume = modal.Volume.from_name("v", create_if_missing=True, version=2)
-        sandbox = await create(app, image=image, volumes={"/vol": volume}, block_network=True)
+        sandbox = await create(app, volumes={"/vol": volume}, block_network=True)
         await sandbox.exec.aio("bash", "-c", "setsid sleep 61 & sleep 62")
         inside = own.control.processes(sandbox=sandbox.object_id)
         assert len(inside) >= 3
@@ -239,6 +238,8 @@ async def test_nothing_is_left_when_the_cloud_is_killed(running: RunningCloud) -
         assert not [pid for pid in inside if psutil.pid_exists(pid)]
         with open("/proc/mounts") as mounts:
             assert "modal-cloud-" not in mounts.read()
+    first = await modal.App.lookup.aio(app.name or "")  # this process's client is there again
+    assert await (await create(first)).poll.aio() is None
 
 
 async def test_it_runs_by_hand() -> None:
