@@ -2,8 +2,9 @@
 
 Reads one line of JSON from stdin: name, revision ("" for the main branch), folder, and if wanted
 token, endpoint, sync (true: `sync FOLDER` before and after the manifest, for a volume that commits
-then), every (seconds between lines of progress), tries and pause (of failures that may pass). A
-token comes on stdin, or huggingface_hub finds its own; it is written nowhere.
+then), every (seconds between lines of progress), tries and pause (of failures that may pass), and
+timeout (seconds that the hub has for its listing). A token comes on stdin, or huggingface_hub finds
+its own; it is written nowhere.
 
 Writes lines of JSON to stdout: {"bytes", "total", "rate", "left", "file"} about each second (with
 "waiting": true while another process fetches the same), {"note"}, and at last {"done": manifest} or
@@ -89,6 +90,7 @@ TOKENIZERS = {
 WORKERS = 4
 PIECE = 1 << 20
 SPARE = 16 << 20  # bytes that the disk must have beyond the model
+LARGEST = 50_000_000_000  # bytes of a file that the hub serves over plain HTTP
 LONGEST_PAUSE = 60.0
 TRANSIENT = {"cut", "hub_away", "hub_down", "rate_limited"}
 # Classes of httpx and of requests, which huggingface_hub used before; found by name in an error's family.
@@ -198,6 +200,13 @@ def judge(name: str, files: Sequence[Entry], chosen: Sequence[Entry]) -> None:
             "no_weights",
             f"{name} has a configuration and no weights that transformers loads (safetensors or pytorch_model.bin). "
             "Name the repository that holds them.",
+        )
+    large = [entry for entry in chosen if entry["size"] > LARGEST]
+    if large:
+        raise Failed(
+            "too_large",
+            f"{large[0]['path']} of {name} has {big(large[0]['size'])}; the hub serves files of more than "
+            f"{big(LARGEST)} only over xet, which is not used here. Name a repository or revision with smaller shards.",
         )
 
 
@@ -382,12 +391,6 @@ class Asked:
                 f"{self.endpoint} cannot be reached ({reason or type(error).__name__}). Check the network and the "
                 "proxy. The fetch goes on where it stopped.",
             )
-        if isinstance(error, ValueError) and "too large" in reason:
-            return Failed(
-                "too_large",
-                f"{self.name} has a file of more than 50 GB, which the hub does not serve over plain HTTP. Name a "
-                "repository or revision with smaller shards.",
-            )
         if isinstance(error, ValueError):
             return Failed(
                 "not_a_hub",
@@ -457,6 +460,11 @@ class Asked:
             return Failed(
                 "not_found",
                 f"the hub has no model {name}, or {hidden}. Check the spelling (owner/name) on {self.endpoint}.",
+            )
+        if status == 416:
+            return Failed(
+                "corrupt",
+                f"the hub serves a shorter file of {name} than it lists. Try again later, or tell its owner.",
             )
         if status == 429:
             wait = retry_after(error.response)
@@ -528,6 +536,7 @@ class Fetch:
         self.every: float = config.get("every", 1.0)
         self.tries: int = config.get("tries", 5)
         self.pause: float = config.get("pause", 1.0)
+        self.timeout: float = config.get("timeout", 30.0)
         known = bool(self.token or hub.get_token())
         self.asked = Asked(self.name, self.revision, self.folder, self.endpoint, known)
         self.progress = Progress(lines, self.folder, self.every)
@@ -574,7 +583,9 @@ class Fetch:
         before = {entry["path"]: entry for entry in planned(self.folder)}
         api = self.hub.HfApi(endpoint=self.endpoint, token=self.token)
         info = self.patiently(
-            lambda: api.model_info(self.name, revision=self.revision, files_metadata=True)
+            lambda: api.model_info(
+                self.name, revision=self.revision, files_metadata=True, timeout=self.timeout
+            )
         )
         files = listing(info, self.name)
         chosen = wanted(files)

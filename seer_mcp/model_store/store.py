@@ -64,7 +64,8 @@ class ModelStore:
         """All models, complete or not, by name."""
         if not self.root.is_dir():
             return []
-        found = [self._kept(folder) for folder in self.root.iterdir() if folder.is_dir()]
+        folders = [path for path in self.root.iterdir() if path.is_dir() and not path.suffix]
+        found = [self._kept(folder) for folder in folders]
         return sorted((k for k in found if k is not None), key=lambda kept: kept.model.label)
 
     def _kept(self, place: Path) -> Kept | None:

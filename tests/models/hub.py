@@ -40,6 +40,8 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
     private: bool = False
+    claims: dict[str, int] = field(default_factory=dict)
+    """Sizes that the listing gives for files, instead of the true ones."""
 
     def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
         digest = hashlib.sha1(self.name.encode())
@@ -77,6 +79,8 @@ class Fault:
     """Bytes after which the connection is closed in the middle of the body."""
     hold: int = -1
     """Bytes after which nothing more comes until go() is called."""
+    mute: bool = False
+    """No answer at all until go() is called; the connection stays open."""
     wrong: bool = False
     """The content's first byte is another."""
     no_ranges: bool = False
@@ -163,6 +167,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if self.fault and self.fault.status:
                 self.send(self.fault.status, self.fault.body.encode(), self.fault.headers)
+            elif self.fault and self.fault.mute:
+                self.fault.going.wait()
+                self.close_connection = True
             elif self.role == "store":
                 self.content(self.hub.large[path.split("/")[-1]], {"ETag": '"store"'})
             elif found := re.fullmatch(r"/api/models/(.+)/revision/(.+)", path):
@@ -222,12 +229,13 @@ class Handler(BaseHTTPRequestHandler):
         commit, files = found
         siblings: list[dict[str, Any]] = []
         for path, content in files.items():
+            size = repo.claims.get(path, len(content))
             sibling: dict[str, Any] = {"rfilename": path}
             if blobs:
-                sibling |= {"blobId": git_id(content), "size": len(content)}
+                sibling |= {"blobId": git_id(content), "size": size}
             if blobs and path.endswith(LARGE):
                 sha256 = hashlib.sha256(content).hexdigest()
-                sibling["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
+                sibling["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 134}
                 sibling["blobId"] = git_id(sha256.encode())  # of the pointer
             siblings.append(sibling)
         answer = {

@@ -122,14 +122,14 @@ def test_a_killed_fetch_goes_on_where_it_stopped(hub: Hub, fetch: Fetcher) -> No
     run.until("bytes", 3 * MB)
     run.kill()
     assert not run.complete
-    parts = sum(p.stat().st_size for p in (run.folder / "parts").iterdir())
-    assert parts >= 2 * MB
+    part = max(p.stat().st_size for p in (run.folder / "parts").iterdir())
+    assert part >= 2 * MB
 
     hub.forget()
     again = fetch("lab/model")
     assert again.files() == MODEL
-    assert hub.sent("/repos/") == len(WEIGHTS) - parts
-    assert [r.start for r in hub.asked("/repos/")] == [parts]
+    assert hub.sent("/repos/") == len(WEIGHTS) - part
+    assert [r.start for r in hub.asked("/repos/")] == [part]
     # The small files had come as a whole.
     assert hub.asked("/resolve/.*json") == []
 
@@ -158,7 +158,7 @@ def test_a_part_that_a_crash_damaged_is_fetched_anew(hub: Hub, fetch: Fetcher) -
     run = fetch.start("lab/model")
     run.until("bytes", 3 * MB)
     run.kill()
-    (part,) = (p for p in (run.folder / "parts").iterdir() if p.stat().st_size)
+    part = max((run.folder / "parts").iterdir(), key=lambda path: path.stat().st_size)
     part.write_bytes(bytes(part.stat().st_size))
     assert fetch("lab/model").files() == MODEL
 
@@ -427,6 +427,16 @@ def test_no_hub_at_all(hub: Hub, fetch: Fetcher) -> None:
     one_sentence(run.error)
 
 
+def test_a_hub_that_takes_calls_and_never_answers(hub: Hub, fetch: Fetcher) -> None:
+    hub.add("lab/model", MODEL)
+    hub.fault("/api/models/", -1, mute=True)
+    run = fetch("lab/model", timeout=0.2)
+    assert run.failed == "hub_away"
+    assert "timed out" in run.error
+    one_sentence(run.error)
+    assert len(hub.asked("/api/models/")) == 5
+
+
 def test_a_hub_that_is_switched_off(hub: Hub, fetch: Fetcher) -> None:
     run = fetch("lab/model", env={"HF_HUB_OFFLINE": "1"})
     assert run.failed == "offline"
@@ -469,6 +479,35 @@ def test_repositories_that_hold_no_model(
     assert says in run.error
     one_sentence(run.error)
     assert hub.asked("/resolve/") == []
+
+
+@pytest.mark.parametrize(
+    ("size", "code", "says"),
+    [
+        (10**11, "too_large", "has 100.0 GB"),
+        (49 * 10**9, "disk_full", "needed"),
+    ],
+)
+def test_what_is_too_large_is_said_before_anything_is_fetched(
+    hub: Hub, fetch: Fetcher, size: int, code: str, says: str
+) -> None:
+    names = [f"model-{i}.safetensors" for i in range(100)]
+    files = {**SMALL, "pytorch_model.bin": b"x", **dict.fromkeys(names, b"x")}
+    hub.add("lab/model", files, claims=dict.fromkeys(names, size))
+    run = fetch("lab/model")
+    assert run.failed == code
+    assert says in run.error
+    one_sentence(run.error)
+    assert hub.asked("/resolve/") == []
+
+
+def test_what_comes_is_not_what_was_listed(hub: Hub, fetch: Fetcher) -> None:
+    hub.add("lab/model", MODEL, claims={"model.safetensors": len(WEIGHTS) + 5})
+    run = fetch("lab/model", tries=2)
+    assert run.failed == "corrupt"
+    assert "shorter file" in run.error
+    one_sentence(run.error)
+    assert not run.complete
 
 
 def test_an_index_that_names_shards_which_the_hub_has_not(hub: Hub, fetch: Fetcher) -> None:
@@ -553,7 +592,7 @@ def test_a_disk_that_fills_up_leaves_what_has_come(hub: Hub, fetch: Fetcher, dis
     assert run.end().failed == "disk_full"
     one_sentence(run.error)
     assert not run.complete
-    had = sum(p.stat().st_size for p in (run.folder / "parts").iterdir())
+    had = max(p.stat().st_size for p in (run.folder / "parts").iterdir())
     (disk / "other").unlink()
     hub.forget()
     again = fetch("lab/model")
