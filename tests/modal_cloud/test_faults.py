@@ -223,9 +223,9 @@ async def test_a_readiness_probe(app: modal.App) -> None:
 
 async def test_nothing_is_left_when_the_cloud_is_killed(app: modal.App) -> None:
     with running_cloud() as own, client_environment(own.environment):
-        app = await modal.App.lookup.aio("own", create_if_missing=True)
+        inner = await modal.App.lookup.aio("own", create_if_missing=True)
         volume = modal.Volume.from_name("v", create_if_missing=True, version=2)
-        sandbox = await create(app, volumes={"/vol": volume}, block_network=True)
+        sandbox = await create(inner, volumes={"/vol": volume}, block_network=True)
         await sandbox.exec.aio("bash", "-c", "setsid sleep 61 & sleep 62")
         inside = own.control.processes(sandbox=sandbox.object_id)
         assert len(inside) >= 3
