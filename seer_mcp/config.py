@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -119,6 +120,8 @@ class Config:
     """Further folders whose notebooks may be opened."""
     python: str = sys.executable
     """The interpreter of local sandboxes."""
+    ssh: tuple[str, ...] = ("ssh",)
+    """The ssh client and its own options (SEER_MCP_SSH)."""
     max_wait: float = 45.0
     """The longest that one tool call waits for a run, in seconds."""
     idle_limit: float = 2 * 3600.0
@@ -190,6 +193,7 @@ def from_environment(
         packs=tuple(Path(p).absolute() for p in packs),
         notebook_roots=tuple(Path(p).absolute() for p in notebook_roots),
         python=python or environ.get("SEER_MCP_PYTHON") or sys.executable,
+        ssh=tuple(shlex.split(environ.get("SEER_MCP_SSH", ""))) or defaults.ssh,
         max_wait=defaults.max_wait if max_wait is None else max_wait,
         idle_limit=defaults.idle_limit if idle_limit is None else idle_limit,
         output_cap=defaults.output_cap if output_cap is None else output_cap,

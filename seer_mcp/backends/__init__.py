@@ -158,6 +158,7 @@ class Backend(Protocol):
 BACKENDS = {
     "local": ".local:LocalBackend",
     "modal": ".modal:ModalBackend",
+    "ssh": ".ssh:SshBackend",
 }
 
 

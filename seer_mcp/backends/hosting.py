@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from typing import Any
 from .. import kernel_host
 from ..config import Config
 from ..environment import SandboxSpec
-from ..errors import BadInput
+from ..errors import BadInput, NotFound
 from ..kernel_host.fault import in_host
 from ..kernel_host.identity import INSTANCE, MARK
-from . import Place
+from . import Place, Sandbox
 
 START_SECONDS = 30.0  # for the host to answer; its kernel has a little less
 LINE_LIMIT = 256 * 1024 * 1024  # bytes of one line of the host
@@ -163,3 +164,23 @@ def refuse(spec: SandboxSpec, backend: str, reasons: Mapping[str, str]) -> None:
         value = getattr(spec, name)
         if value != SandboxSpec.model_fields[name].get_default(call_default_factory=True):
             raise BadInput(name, value, f"{why} (backend {backend})")
+
+
+def regular(path: Path) -> os.stat_result:
+    """What a file to send is like. Raises NotFound or BadInput."""
+    try:
+        info = path.stat()
+    except FileNotFoundError:
+        raise NotFound("file", str(path)) from None
+    if not stat.S_ISREG(info.st_mode):
+        raise BadInput("local", str(path), "it is not a file")
+    return info
+
+
+async def place_files(sandbox: Sandbox, spec: SandboxSpec) -> None:
+    """Put the spec's files and folders into a sandbox that was just started."""
+    for name, source in spec.files.items():
+        path = Path(source)
+        files = _below(name, path) if path.is_dir() else {name: path}
+        for remote, local in files.items():
+            await sandbox.put(local, remote)

@@ -24,7 +24,7 @@ import psutil
 from .. import kernel_host
 from ..config import Config
 from ..environment import SandboxSpec
-from ..errors import BadInput, NotFound, SandboxStartFailed, SandboxUnreachable
+from ..errors import BadInput, SandboxStartFailed, SandboxUnreachable
 from ..files import private_dir, write_json
 from ..kernel_host import identity, limits
 from ..kernel_host.fault import fault_point
@@ -37,6 +37,15 @@ START_SECONDS = hosting.START_SECONDS
 MEANS = limits.MEANS
 PROCESSES = max(512, 16 * (os.cpu_count() or 1))
 COPY_PIECE = 1 << 20
+LACKING = {
+    "gpu": "a local sandbox has the GPUs that this machine has; leave it out",
+    "host": "it is for backend ssh",
+    "python_packages": "install them into the interpreter that `python` names",
+    "system_packages": "install them on this machine",
+    "repos": "clone them on this machine",
+    "docker": "a local sandbox has what this machine has; leave it out",
+    "snapshot": "a local sandbox's files stay where they are; it has no snapshots",
+}
 
 
 class LocalSandbox:
@@ -64,7 +73,7 @@ class LocalSandbox:
         await asyncio.to_thread(self._put, local, remote)
 
     def _put(self, local: Path, remote: str) -> None:
-        info = regular(local)
+        info = hosting.regular(local)
         try:
             target = self._files().target(remote)
         except ValueError as error:
@@ -102,7 +111,7 @@ class LocalSandbox:
         raise BadInput(
             "sandbox",
             self._handle,
-            "a local sandbox's files stay where they are; it has no snapshots",
+            LACKING["snapshot"],
         )
 
     def record(self) -> Record:
@@ -111,17 +120,6 @@ class LocalSandbox:
     def log(self) -> str:
         path = self._folder / "host.log"
         return path.read_text(errors="backslashreplace")[-8000:] if path.exists() else ""
-
-
-def regular(path: Path) -> os.stat_result:
-    """What a file to send is like. Raises NotFound or BadInput."""
-    try:
-        info = path.stat()
-    except FileNotFoundError:
-        raise NotFound("file", str(path)) from None
-    if not stat.S_ISREG(info.st_mode):
-        raise BadInput("local", str(path), "it is not a file")
-    return info
 
 
 def copy(source: Path, target: str, mode: int) -> None:
@@ -154,6 +152,7 @@ class LocalBackend:
         self._instance = hosting.instance_of(config)
 
     async def start(self, spec: SandboxSpec, place: Place, report: Progress) -> LocalSandbox:
+        hosting.refuse(spec, "local", LACKING)
         python = spec.python or self._config.python
         if shutil.which(python) is None:
             raise BadInput(
@@ -211,7 +210,13 @@ class LocalBackend:
         # The host needs what a kernel does to start (HOME, LD_LIBRARY_PATH, …), and hands the secrets on.
         env = {**config["env"], **place.secrets}
         try:
-            return await self._launch(python, env, config, place.handle, report)
+            sandbox = await self._launch(python, env, config, place.handle, report)
+            try:
+                await hosting.place_files(sandbox, spec)
+            except BaseException:
+                await asyncio.shield(sandbox.terminate())
+                raise
+            return sandbox
         except BaseException:
             shutil.rmtree(runtime, ignore_errors=True)
             limits.remove(plan["groups"])

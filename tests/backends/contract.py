@@ -313,6 +313,20 @@ async def an_impossible_spec_is_refused_before_anything_starts(bench: Bench) -> 
 
 
 @check
+async def a_sandbox_has_the_files_of_its_spec(bench: Bench) -> None:
+    folder = bench.harness.folder / "brought"
+    (folder / "in ner").mkdir(parents=True, exist_ok=True)
+    (folder / "in ner" / "b.txt").write_text("deep")
+    (folder / "a.txt").write_text("near")
+    files = {"data": str(folder), "one/named.txt": str(folder / "a.txt")}
+    box = await bench.start(files=files)
+    assert (await box.command("cat data/a.txt 'data/in ner/b.txt' one/named.txt")).text() == (
+        "neardeepnear"
+    )
+    await box.end()
+
+
+@check
 async def a_cancelled_start_leaves_nothing(bench: Bench) -> None:
     for moment in (0.02, 0.15, 0.3):
         place = bench.harness.place("c-cut-" + secrets.token_hex(3), "")
@@ -531,7 +545,7 @@ async def a_line_that_breaks_again_and_again_loses_nothing(bench: Bench) -> None
             "    if i % 25 == 0: time.sleep(0.01)"
         )
         while not box.ends(id):
-            if writers:
+            if writers and not writers[-1].is_closing():
                 writers[-1].transport.abort()
             await asyncio.sleep(0.06)
         await until(lambda: any(e["type"] == "end" for e in heard), 20)
