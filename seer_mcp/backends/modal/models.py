@@ -16,7 +16,7 @@ import modal.exception
 
 from ...config import Config
 from ...environment import ModelSpec
-from ...errors import BadInput
+from ...errors import BadInput, ModelUnavailable
 from ...model_store import (
     MODELS_VARIABLE,
     FetchProgress,
@@ -28,6 +28,7 @@ from ...model_store import (
     kernel_map,
     program,
     request,
+    unnamed,
 )
 from .. import Progress
 from .account import APP, HANDLE
@@ -63,7 +64,10 @@ class Models:
                 model = waiting.pop(0)
                 if model in found:
                     continue
-                volume, manifest = await self._model(model, label, tags, app, report)
+                try:
+                    volume, manifest = await self._model(model, label, tags, app, report)
+                except ModelUnavailable as error:
+                    raise (unnamed(error, label) if label else error) from None
                 place = f"{PLACES}/{len(found) + 1}"
                 volumes[place], path = mounted(volume, place, spec.hidden)
                 found[model] = (manifest.commit, path)
