@@ -106,5 +106,7 @@ async def test_a_token_that_is_not_known_any_more_is_renewed(
     cloud.router_tokens(seconds=20)  # the client renews only what is about to expire
     sandbox = await modal.Sandbox.from_id.aio(sandbox.object_id)
     assert await output(sandbox, "echo", "1") == "1\n"
+    before = cloud.calls()["SandboxGetCommandRouterAccess"]
     cloud.router_tokens(seconds=3600)
     assert await output(sandbox, "echo", "2") == "2\n"
+    assert cloud.calls()["SandboxGetCommandRouterAccess"] == before + 1

@@ -104,12 +104,13 @@ async def test_timeout_is_124_and_idle_timeout_an_exit_of_0(
     short, idle = await asyncio.gather(
         create(app, timeout=1, gpu=gpu), create(app, idle_timeout=1, gpu=gpu)
     )
-    process = await idle.exec.aio("sleep", "1.5")  # counts as activity for as long as it runs
+    process = await idle.exec.aio("sleep", "2.5")  # counts as activity for as long as it runs
     with pytest.raises(modal.exception.SandboxTimeoutError):
         await short.wait.aio()
     assert short.returncode == 124
-    assert await process.wait.aio() == 0
+    await asyncio.sleep(1)
     assert await idle.poll.aio() is None
+    assert await process.wait.aio() == 0
     await idle.wait.aio()
     assert idle.returncode == 0
     assert row(cloud, idle)["why"] == "idle" and row(cloud, short)["why"] == "timeout"
