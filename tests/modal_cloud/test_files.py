@@ -137,6 +137,33 @@ async def test_renames_on_a_volume_are_committed(app: modal.App) -> None:
     assert await read(volume, "sub/two") == b"d/sub/two"
 
 
+@VERSIONS
+async def test_a_part_of_a_volume_and_a_mount_that_is_read_only(
+    app: modal.App, gpu: str | None
+) -> None:
+    volume = new_volume()
+    async with volume.batch_upload.aio() as batch:
+        batch.put_file(io.BytesIO(b"1"), "/a/b/one")
+        batch.put_file(io.BytesIO(b"2"), "/two")
+    there = await create(app, volumes={"/v": volume.with_mount_options(sub_path="/a/b")}, gpu=gpu)
+    assert await output(there, "ls", "/v") == "one\n"
+    await output(there, "bash", "-c", "echo -n 3 > /v/three; rm /v/one; sync /v")
+    assert await read(volume, "a/b/three") == b"3"
+    with pytest.raises(FileNotFoundError):
+        await read(volume, "a/b/one")
+    made = await create(app, volumes={"/v": volume.with_mount_options(sub_path="new/er")}, gpu=gpu)
+    await output(made, "bash", "-c", "echo 4 > /v/four")
+    await made.reload_volumes.aio()
+    assert await output(made, "cat", "/v/four") == "4\n"
+    assert await read(volume, "new/er/four") == b"4\n"
+    read_only = volume.with_mount_options(read_only=True, sub_path="a")
+    reader = await create(app, volumes={"/v": read_only}, gpu=gpu)
+    process = await reader.exec.aio("bash", "-c", "cat /v/b/three; echo > /v/x")
+    assert "Read-only file system" in await process.stderr.read.aio()
+    assert await process.stdout.read.aio() == "3"
+    await reader.reload_volumes.aio()
+
+
 async def test_reload_says_so_if_files_are_open(app: modal.App) -> None:
     sandbox = await create(app, "bash", "-c", "cd /vol; sleep 60", volumes={"/vol": new_volume()})
     with pytest.raises(modal.exception.ConflictError, match="open files"):

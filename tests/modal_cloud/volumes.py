@@ -37,6 +37,8 @@ class Mounted:
     folder: Path
     read_only: bool
     background: bool
+    sub_path: str = ""
+    """The folder of the volume that is mounted, with no slash around it; "" for all of it."""
     limited: bool = False
     times: int = 0
     overlay: Overlay = field(init=False)
@@ -46,9 +48,13 @@ class Mounted:
 
     def next(self) -> None:
         self.times += 1
-        self.overlay = Overlay(self.folder / f"{self.times}/upper", self.volume.newest)
+        self.overlay = Overlay(self.folder / f"{self.times}/upper", self.lower)
         self.overlay.upper.mkdir(parents=True)
         (self.folder / f"{self.times}/work").mkdir()
+
+    @property
+    def lower(self) -> Path:
+        return self.volume.newest / self.sub_path
 
     @property
     def hidden(self) -> str:
@@ -58,7 +64,7 @@ class Mounted:
     def first(self) -> VolumeMount:
         return VolumeMount(
             self.path,
-            self.volume.newest,
+            self.overlay.lower,
             self.overlay.upper,
             self.folder / f"{self.times}/work",
             self.read_only,
@@ -66,7 +72,7 @@ class Mounted:
 
     def again(self) -> list[str]:
         """The mount command inside the sandbox."""
-        lower = f"{self.hidden}/commits/{self.volume.generation}"
+        lower = f"{self.hidden}/commits/{self.volume.generation}/{self.sub_path}"
         own = f"{self.hidden}/own/{self.times}"
         layers = f"lowerdir={lower},upperdir={own}/upper,workdir={own}/work"
         options = f"{layers},redirect_dir=on,volatile"
@@ -86,7 +92,7 @@ class Mounted:
         overlay = self.overlay
         changes = await asyncio.to_thread(overlay.fresh)
         if changes:
-            await self.volume.change(lambda generation: overlay.apply(changes, generation))
+            await self.volume.change(lambda newest: overlay.apply(changes, newest / self.sub_path))
             overlay.note(changes)
 
 
@@ -196,15 +202,18 @@ class Volumes:
     def named(self, name: str) -> Volume | None:
         return next((volume for volume in self.by_id.values() if volume.name == name), None)
 
-    def mount(
+    async def mount(
         self, wanted: Iterable[api_pb2.VolumeMount], folder: Path, control: Path
     ) -> MountedVolumes:
-        mounts = [self._mount(mount, folder / f"v{n}") for n, mount in enumerate(wanted)]
+        mounts = [await self._mount(mount, folder / f"v{n}") for n, mount in enumerate(wanted)]
         return MountedVolumes(mounts, control, self.background_seconds, self.errors)
 
-    def _mount(self, mount: api_pb2.VolumeMount, folder: Path) -> Mounted:
+    async def _mount(self, mount: api_pb2.VolumeMount, folder: Path) -> Mounted:
         volume = self.get(mount.volume_id)
         folder.mkdir(parents=True)
+        sub_path = mount.sub_path.strip("/")
+        if not (volume.newest / sub_path).is_dir():  # made when the container starts
+            await volume.change(lambda newest: (newest / sub_path).mkdir(parents=True))
         if volume.limit is not None:
             size = f"size={volume.limit}"
             subprocess.run(["mount", "-t", "tmpfs", "-o", size, "limited", folder], check=True)
@@ -214,6 +223,7 @@ class Volumes:
             folder,
             mount.read_only,
             mount.allow_background_commits,
+            sub_path,
             volume.limit is not None,
         )
 
