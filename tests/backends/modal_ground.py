@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,8 @@ class ModalHarness:
         try:
             yield
         finally:
-            host.send_signal(signal.SIGCONT)
+            with suppress(psutil.NoSuchProcess):  # it was ended meanwhile
+                host.send_signal(signal.SIGCONT)
 
     async def left(self, handle: str) -> list[str]:
         ours = [row["id"] for row in self.alive() if row["name"] == handle]

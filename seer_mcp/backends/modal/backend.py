@@ -62,7 +62,7 @@ PATIENCE_SECONDS = 20 * 60.0  # for a machine with that GPU to be free
 BOOT_SECONDS = 300.0  # for a container to start: its image may be large and the machine new
 TOLD_SECONDS = 5.0
 TRIES = 3  # of a create, beside the client's own
-ABANDON_SECONDS = 10.0
+ABANDON_SECONDS = 3.0  # for the answer to a create that is given up
 NOT_HERE = {
     "python": "the image has one interpreter, of this server's own version",
     "host": "that is for ssh",
@@ -104,9 +104,8 @@ class ModalBackend:
             await self._boot(sandbox, report)
             fault_point("sandbox.answers")
         except BaseException as error:
-            failure = await self._failed(sandbox, error)
             await asyncio.shield(sandbox.terminate(politely=False))
-            raise failure from error
+            raise await self._failed(sandbox, error) from error
         return sandbox
 
     async def _secrets(self, spec: SandboxSpec, place: Place) -> list[Any]:
@@ -163,7 +162,7 @@ class ModalBackend:
             "tags": self._tags(place.owner, place.handle),
             "image": image,
             "secrets": [modal.Secret.from_dict({**environment}), *secrets],
-            "timeout": math.ceil(lasts),
+            "timeout": max(1, math.floor(lasts)),
             "gpu": gpu_of(spec),
             # The limit as well: what is used beyond what is asked for is billed.
             "cpu": (cores, cores),

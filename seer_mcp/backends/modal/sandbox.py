@@ -32,7 +32,7 @@ POLITE_SECONDS = 5.0  # for the host to hear that it is to close
 CLOSING_SECONDS = 30.0  # for it to close, and to keep its journal
 END_SECONDS = 60.0
 POLL_SECONDS = 0.25
-LOG_SECONDS = 5.0
+LOG_SECONDS = 3.0
 COPY_PIECE = 1 << 20
 SNAPSHOT_SECONDS = 300
 
@@ -203,13 +203,15 @@ class ModalSandbox:
 
     async def read_log(self) -> str:
         """What the host wrote before it ended; also what log() says from now on."""
-        texts: list[str] = []
-        for stream in (self._there.stdout, self._there.stderr):
+
+        async def read(stream: Any) -> str:
             try:
                 async with asyncio.timeout(LOG_SECONDS):
-                    texts.append(await stream.read.aio())
+                    return await stream.read.aio()
             except BROKEN as error:
-                texts.append(f"(its log cannot be read: {said(error)})")
+                return f"(its log cannot be read: {said(error)})"
+
+        texts = await asyncio.gather(read(self._there.stdout), read(self._there.stderr))
         self._log = "\n".join(text for text in texts if text.strip())[-8000:]
         return self._log
 
