@@ -18,13 +18,13 @@ import psutil
 from ..environment import ModelSpec
 from ..errors import Conflict, ModelUnavailable, NotFound, show
 from ..files import Lock
+from ..kernel_host.identity import MARK
 from . import fetch
 from .follow import FETCHER, Manifest, Report, follow, request, unnamed
 from .names import MODELS_VARIABLE, HubModel, hub_model, hub_models, kernel_map
 
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 LINE_LIMIT = 32 * 1024 * 1024
-SANDBOX = "SEER_MCP_SANDBOX"  # the variable that marks processes of local sandboxes
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class ModelStore:
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
             if folder in environ.get(MODELS_VARIABLE, ""):
-                found.add(environ.get(SANDBOX, f"process {process.pid}"))
+                found.add(environ.get(MARK, f"process {process.pid}"))
         return sorted(found)
 
     def remove(self, model: HubModel, force: bool = False) -> int:

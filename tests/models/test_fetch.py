@@ -88,6 +88,10 @@ def test_all_shards_of_the_index_are_fetched(hub: Hub, fetch: Fetcher) -> None:
     lost = "model-00002-of-00003.safetensors"
     (run.folder / "files" / lost).unlink()
     (run.folder / "files" / "tokenizer.json").write_bytes(b"{")
+    fault = hub.fault("/repos/", -1, status=403)
+    assert fetch("lab/model").failed == "refused"
+    assert not run.complete
+    fault.times = 0
     hub.forget()
     mended = fetch("lab/model")
     assert mended.files() == files
@@ -371,6 +375,9 @@ def test_a_token_in_the_environment_serves_as_well(hub: Hub, fetch: Fetcher) -> 
     hub.add("lab/gated", MODEL, gated=True)
     hub.accounts[TOKEN] = {"lab/gated"}
     assert fetch("lab/gated", env={"HF_TOKEN": TOKEN}).files() == MODEL
+    hub.accounts[TOKEN] = set()
+    refused = fetch("lab/gated", "other", env={"HF_TOKEN": TOKEN})
+    assert "the account of this HF_TOKEN has no access" in refused.error
 
 
 def test_a_line_with_the_token_in_it_is_masked(capsys: pytest.CaptureFixture[str]) -> None:

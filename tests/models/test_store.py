@@ -19,6 +19,7 @@ from seer_mcp.config import from_environment
 from seer_mcp.environment import ModelSpec
 from seer_mcp.errors import Conflict, ModelUnavailable, NotFound
 from seer_mcp.files import Lock
+from seer_mcp.kernel_host.identity import MARK
 from seer_mcp.model_store import (
     MODELS_VARIABLE,
     FetchProgress,
@@ -252,7 +253,7 @@ def user(hub: Hub, store: ModelStore) -> Iterator[subprocess.Popen[bytes]]:
     hub.add("lab/model", FILES)
     get(store)
     told = kernel_map({MODEL: ("c", str(store.path_of(MODEL)))})
-    env = {**store.environment(told), "SEER_MCP_SANDBOX": "box-abc123"}
+    env = {**store.environment(told), MARK: "box-abc123"}
     process = subprocess.Popen([sys.executable, "-c", "input()"], env=env, stdin=subprocess.PIPE)
     yield process
     process.kill()
