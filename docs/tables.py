@@ -75,20 +75,34 @@ def toml(value: object) -> str:
     return f"`{json.dumps(value)}`"
 
 
+UNBILLED = "nothing is billed"
+PARTLY = {
+    **{(name, key): UNBILLED for name in ("local", "ssh") for key in ("budget", "gpu_minutes")},
+    **{(name, "network"): "open or shut; no list of domains" for name in ("local", "ssh")},
+    ("local", "gpu_count"): "",
+    ("ssh", "gpu"): "any name that `nvidia-smi` has there; one that is free is chosen",
+    ("ssh", "cpu"): "refused if the machine has fewer",
+    ("ssh", "docker"): "refused if the machine has no `docker`",
+    **{("modal", key): "asked for, and the limit" for key in ("cpu", "memory")},
+    ("modal", "docker"): "yes (experimental at Modal)",
+}
+
+
 def backends_table() -> str:
-    """A backend's NOT_HERE says what it refuses, and why."""
+    """A backend's LACKING says what it refuses, and why."""
     refused: dict[str, dict[str, str]] = {}
     for name, place in BACKENDS.items():
         module, _, attribute = place.partition(":")
         backend = getattr(import_module(module, "seer_mcp.backends"), attribute)
-        found = getattr(sys.modules[backend.__module__], "NOT_HERE", None)
-        if found is not None:
-            refused[name] = found
+        refused[name] = sys.modules[backend.__module__].LACKING
     names = list(refused)
     rows = [f"| key | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
     fields = [*SandboxSettings.model_fields, "models"]
     for key in (key for key in fields if key != "backend"):
-        told = [f"refused: {why}" if (why := refused[n].get(key)) else "yes" for n in names]
+        told = [
+            f"refused: {why}" if (why := refused[n].get(key)) else PARTLY.get((n, key), "yes")
+            for n in names
+        ]
         rows.append(f"| `{key}` | {' | '.join(told)} |")
     return "\n".join(rows)
 

@@ -85,13 +85,14 @@ class Secrets:
         file = f" or into {self._dotenv}" if self._dotenv else ""
         return f"{listed}: not in the server's environment; set it there{file} (NAME=value), or take it out of secrets"
 
+    def at_hand(self, names: Iterable[str]) -> dict[str, str]:
+        """What there is of these, without a word on the rest: to redact values of an earlier server's sandbox."""
+        both = self._both()
+        return {name: both[name] for name in names if both.get(name)}
+
     def known(self) -> dict[str, str]:
         """All that looks like a secret, by its name: its value must not be shown."""
-        try:
-            file = self._file()
-        except BadInput:
-            file = {}  # said when a secret is asked for
-        both = {**file, **self._environ}
+        both = self._both()
         return {
             name: value
             for name, value in both.items()
@@ -100,6 +101,13 @@ class Secrets:
             and not value.isdigit()
             and not value.startswith(("/", "~"))
         }
+
+    def _both(self) -> dict[str, str]:
+        try:
+            file = self._file()
+        except BadInput:
+            file = {}  # said when a secret is asked for
+        return {**file, **{name: value for name, value in self._environ.items() if value}}
 
     def _file(self) -> dict[str, str]:
         """What the .env file says. Raises BadInput if there is one that cannot be read."""

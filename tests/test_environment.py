@@ -434,6 +434,13 @@ def test_gpus_that_cannot_be_had_are_refused_with_the_nearest(text: str, said: s
         SandboxSpec(gpu=text)
 
 
+def test_a_machine_of_ones_own_may_have_any_gpu() -> None:
+    spec = SandboxSpec(backend="ssh", gpu="RTX 4090:2")
+    assert (spec.gpu, spec.gpu_count) == ("RTX 4090", 2)
+    with pytest.raises(ValidationError):
+        SandboxSpec(backend="ssh", gpu=" ")
+
+
 def test_every_gpu_has_a_price_and_every_price_a_gpu() -> None:
     assert {priced_as(name) for name in GPUS} == TABLE.gpus.keys()
 

@@ -44,6 +44,7 @@ def test_the_environment_comes_before_the_file(tmp_path: Path) -> None:
         "OTHER_KEY": "a\nb and ${HF_TOKEN}",
     }
     assert found.missing == ("EMPTY", "NOWHERE")
+    assert secrets.at_hand(["HF_TOKEN", "NOWHERE"]) == {"HF_TOKEN": "from-the-environment"}
     assert "from-the" not in repr(found)
     said = secrets.missing(found.missing)
     assert (
@@ -106,7 +107,7 @@ def test_a_file_that_cannot_be_read_is_said(tmp_path: Path, what: str) -> None:
     secrets = Secrets({}, path)
     with pytest.raises(BadInput, match=r"\.env"):
         secrets.find(["HF_TOKEN"])
-    assert secrets.known() == {}
+    assert secrets.known() == secrets.at_hand(["HF_TOKEN"]) == {}
 
 
 def test_what_looks_like_a_secret_is_redacted_though_nobody_named_it(tmp_path: Path) -> None:

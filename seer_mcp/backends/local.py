@@ -38,6 +38,7 @@ MEANS = limits.MEANS
 PROCESSES = max(512, 16 * (os.cpu_count() or 1))
 COPY_PIECE = 1 << 20
 LACKING = {
+    "cpu": "a local sandbox uses the cores that this machine has; leave it out",
     "gpu": "a local sandbox has the GPUs that this machine has; leave it out",
     "host": "it is for backend ssh",
     "python_packages": "install them into the interpreter that `python` names",

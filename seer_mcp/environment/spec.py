@@ -23,7 +23,7 @@ from pydantic import (
 from ..errors import BadInput
 from ..money import Budget
 from ..secret import OURS, check_secret_name
-from .gpus import known_count, known_gpu, split_count
+from .gpus import GPUS, known_count, known_gpu, split_count
 from .units import LEAST_MEBIBYTES, dollars, mebibytes, seconds
 
 _DOMAIN = re.compile(
@@ -209,7 +209,7 @@ class SandboxSettings(Strict):
     """The interpreter of the kernel (local, ssh); it needs ipykernel and jupyter_client."""
     host: Word = ""
     """Where to log in (ssh): a name of ~/.ssh/config, or user@machine."""
-    gpu: Annotated[str, AfterValidator(known_gpu)] | None = None
+    gpu: str | None = None
     """The type of GPU: "A100-80GB", or "H100:4" for four of them. Without it there is none."""
     gpu_count: int = Field(default=1, ge=1, le=8, strict=True)
     """How many of them, in one machine."""
@@ -274,11 +274,19 @@ class SandboxSettings(Strict):
             )
         return {**given, "gpu": name, "gpu_count": count}
 
+    @field_validator("gpu")
+    @classmethod
+    def _known(cls, gpu: str | None, info: ValidationInfo) -> str | None:
+        """A machine of one's own (ssh) may have any GPU; what it has is told at the start."""
+        if gpu is None or (info.data.get("backend") == "ssh" and gpu.strip()):
+            return gpu
+        return known_gpu(gpu)
+
     @field_validator("gpu_count")
     @classmethod
     def _fits(cls, count: int, info: ValidationInfo) -> int:
         gpu = info.data.get("gpu")
-        return known_count(gpu, count) if gpu else count
+        return known_count(gpu, count) if gpu and gpu in GPUS else count
 
     @property
     def blocked(self) -> bool:

@@ -63,7 +63,7 @@ BOOT_SECONDS = 300.0  # for a container to start: its image may be large and the
 TOLD_SECONDS = 5.0
 TRIES = 3  # of a create, beside the client's own
 ABANDON_SECONDS = 3.0  # for the answer to a create that is given up
-NOT_HERE = {
+LACKING = {
     "python": "the image has one interpreter, of this server's own version",
     "host": "that is for ssh",
     "processes": "Modal sets no such limit",
@@ -284,7 +284,7 @@ class ModalBackend:
         return price
 
     async def _priced(self, spec: SandboxSpec) -> Price:
-        hosting.refuse(spec, "modal", NOT_HERE)
+        hosting.refuse(spec, "modal", LACKING)
         return estimate(spec, await self._account.rates())
 
     def _lasts(self, spec: SandboxSpec, price: Price) -> float:
