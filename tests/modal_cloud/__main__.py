@@ -16,6 +16,8 @@ import sys
 
 from .cloud import Cloud
 
+ENDS_WITHIN = 20.0
+
 
 async def main() -> None:
     stop = asyncio.Event()
@@ -31,8 +33,10 @@ async def main() -> None:
             said = "\n".join([*lines, f"# control: {cloud.control_url}"])
         os.write(1, said.encode() + b"\n")
         if "--with-parent" in sys.argv:
-            loop.add_reader(0, lambda: os.read(0, 4096) or stop.set())
+            loop.add_reader(0, lambda: os.read(0, 4096) or (loop.remove_reader(0), stop.set()))
         await stop.wait()
+        # With this process its sandboxes end too, whatever keeps it from ending them in order.
+        loop.call_later(ENDS_WITHIN, os._exit, 1)
 
 
 def own_mounts() -> None:

@@ -190,11 +190,13 @@ class Box:
 
     async def _watch(self, reader: asyncio.StreamReader) -> None:
         assert self._launcher is not None
-        while line := await reader.readline():
-            self.code = json.loads(line).get("exit", self.code)
-        await self._launcher.wait()
-        await asyncio.gather(*self._tasks[:2])  # what it printed, to the end
-        self._finish()
+        try:
+            while line := await reader.readline():
+                self.code = json.loads(line).get("exit", self.code)
+            await self._launcher.wait()
+            await asyncio.gather(*self._tasks[:2])  # what it printed, to the end
+        finally:
+            self._finish()
 
     def _finish(self) -> None:
         for descriptor in (self._life, self._handle):

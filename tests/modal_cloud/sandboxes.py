@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpclib import Status
+from grpclib import GRPCError, Status
 from modal_proto import api_pb2
 
 from . import ids
@@ -143,6 +144,7 @@ class Sandboxes:
         self.by_id[sandbox.id] = sandbox
         self.ledger.entries.append(sandbox.entry)
         sandbox.life = asyncio.create_task(self._live(sandbox))
+        sandbox.life.add_done_callback(self._check)
         return sandbox
 
     def _new(
@@ -193,7 +195,7 @@ class Sandboxes:
             taken = True
             try:
                 await self._start(sandbox)
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, GRPCError) as error:
                 self.errors.append(f"{sandbox.id} did not start: {error}")
                 sandbox.why = "start failed"
                 sandbox.result.status = Result.GENERIC_STATUS_INIT_FAILURE
@@ -277,18 +279,27 @@ class Sandboxes:
             result.status = Result.GENERIC_STATUS_SUCCESS if ok else Result.GENERIC_STATUS_FAILURE
 
     async def _close(self, sandbox: Sandbox) -> None:
-        if sandbox.box:
-            sandbox.box.kill()
-            if sandbox.box.pid:
-                await sandbox.box.ended.wait()
+        box = sandbox.box
+        if box:
+            box.kill()
+            if box.pid:
+                await box.ended.wait()
         sandbox.entry.ended = time.time()
         sandbox.entry.why = sandbox.why
-        if sandbox.volumes:  # a machine that is taken away commits nothing any more
-            await sandbox.volumes.stop(commit=sandbox.why != "preempted")
-        sandbox.execs.clear()
-        sandbox.done.set()
-        if sandbox.box:
-            await sandbox.box.remove()
+        try:
+            if sandbox.volumes:  # a machine that is taken away commits nothing any more
+                await sandbox.volumes.stop(commit=sandbox.why != "preempted")
+        finally:
+            if not sandbox.result.status:
+                sandbox.result.status = Result.GENERIC_STATUS_INTERNAL_FAILURE
+            sandbox.execs.clear()
+            sandbox.done.set()
+        if box:
+            await box.remove()
+
+    def _check(self, life: asyncio.Task[None]) -> None:
+        if not life.cancelled() and (error := life.exception()):
+            self.errors.append("".join(traceback.format_exception(error)))
 
     async def snapshot(self, sandbox: Sandbox, ttl: float | None) -> Image:
         upper = sandbox.alive().upper
