@@ -168,6 +168,14 @@ def test_plain_numbers_are_gib_minutes_and_dollars(folder: Path) -> None:
     assert (spec.memory, spec.lifetime, spec.idle_limit, spec.budget) == (1536, 5400, 30, 2.5)
 
 
+def test_an_interpreter_may_lie_in_a_folder_with_a_space(folder: Path) -> None:
+    text = "[sandbox]\npython = '/Users/Jane Doe/venv/bin/python'"
+    assert (
+        read_investigation(write(folder, text)).sandbox.python == "/Users/Jane Doe/venv/bin/python"
+    )
+    assert "sandbox.python" in problems(folder, "[sandbox]\npython = '-c'")[0]
+
+
 def test_in_code_the_same_fields_count_mib_and_seconds() -> None:
     spec = SandboxSpec(memory=1536, lifetime=90)
     assert (spec.memory, spec.lifetime) == (1536, 90)

@@ -59,6 +59,12 @@ def _word(text: str) -> str:
     return text
 
 
+def _program(text: str) -> str:
+    if text.startswith("-") or any(ord(c) < 32 for c in text):
+        raise ValueError("write the path of a Python interpreter")
+    return text
+
+
 def _url(text: str) -> str:
     found = _URL.fullmatch(text)
     if not found:
@@ -205,7 +211,7 @@ class SandboxSettings(Strict):
 
     backend: str = "local"
     """Where it runs: local, modal or ssh."""
-    python: Word | None = None
+    python: Annotated[str, checked(_program)] | None = None
     """The interpreter of the kernel (local, ssh); it needs ipykernel and jupyter_client."""
     host: Word = ""
     """Where to log in (ssh): a name of ~/.ssh/config, or user@machine."""
