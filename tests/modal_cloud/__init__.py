@@ -6,6 +6,10 @@ here answers UNIMPLEMENTED with its name.
 
     python -m tests.modal_cloud          prints the environment that a client's process needs
 
+fixtures.py runs it in a process of its own for tests, and control.py has what they can plan and ask:
+faults by call, capacity, builds that fail, machines that are taken away, the ledger. It needs root on
+Linux, for namespaces and overlays; elsewhere it refuses to run, and the tests on it are skipped.
+
 What is real: sandboxes are processes of this machine in their own PID, mount, IPC and UTS namespaces
 (and network namespace when the network is blocked), on an overlay of `/`; files that are sent, volumes
 with commits, secrets, execs with replayable streams, tags, names, timeouts, idle timeouts, snapshots

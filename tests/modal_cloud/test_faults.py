@@ -161,6 +161,22 @@ async def test_a_terminate_that_fails(app: modal.App, cloud: Controller) -> None
     assert row(cloud, sandbox)["running"]
 
 
+async def test_a_call_can_be_slow_and_a_plan_must_make_sense(
+    app: modal.App, cloud: Controller
+) -> None:
+    sandbox = await create(app)
+    cloud.fault(rpc="SandboxWait*", delay=0.5, match=sandbox.object_id)
+    before = time.monotonic()
+    assert await sandbox.poll.aio() is None
+    assert time.monotonic() - before >= 0.5
+    assert [fault["done"] for fault in cloud.stats()["faults"]] == [1]
+    for wrong in ({"status": "NOPE"}, {"when": "during"}, {"color": "red"}):
+        with pytest.raises(RuntimeError):
+            cloud.fault(rpc="SandboxCreate", **wrong)
+    with pytest.raises(RuntimeError, match="no command"):
+        cloud.nonsense()
+
+
 async def test_tokens(app: modal.App, cloud: Controller, running: RunningCloud) -> None:
     cloud.refuse(status="PERMISSION_DENIED")
     with pytest.raises(PermissionDeniedError):
