@@ -72,8 +72,10 @@ class Cloud:
             raise RuntimeError("sandboxes need root on Linux, for namespaces and overlays")
         sweep()
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-        self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT)
+        part = self.folder / f"{LOCK}.part"  # it has its name only when it is held
+        self._lock = os.open(part, os.O_RDWR | os.O_CREAT)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
+        part.rename(self.folder / LOCK)
         for name in ("blobs", "blocks", "s", "v"):
             (self.folder / name).mkdir()
         self.layers = SHARED / self.folder.name
