@@ -56,7 +56,8 @@ class LocalSandbox:
         self._handle = str(record["handle"])
         self._socket = Path(record["socket"])
         self._folder = Path(record["folder"])
-        self.child: subprocess.Popen[bytes] | None = None
+        self.child = 0
+        """The number of the host where it is our own child, which we have to collect."""
 
     async def dial(self) -> tuple[StreamReader, StreamWriter]:
         try:
@@ -66,8 +67,12 @@ class LocalSandbox:
 
     def alive(self) -> bool:
         """Whether the host process of the record still runs (and is not another with its number)."""
-        if self.child is not None and self.child.poll() is not None:
-            return False
+        if self.child:
+            try:
+                if os.waitpid(self.child, os.WNOHANG)[0]:
+                    self.child = 0
+            except ChildProcessError:
+                self.child = 0
         return identity.is_alive(self._record)
 
     async def put(self, local: Path, remote: str) -> None:
@@ -259,7 +264,8 @@ class LocalBackend:
         except psutil.NoSuchProcess:  # it ended already; the wait below says so, with its log
             process = {"pid": child.pid, "started": time.time()}
         sandbox = LocalSandbox(self._instance, identity.record_of(handle, config, process))
-        sandbox.child = child
+        sandbox.child = child.pid
+        child.returncode = 0  # it outlives this object, and who knows it collects it
         try:
             await self._answering(sandbox, python)
             fault_point("sandbox.answers")

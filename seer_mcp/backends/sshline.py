@@ -116,9 +116,9 @@ WHY = (
     ),
     (
         "Connection refused",
-        "no ssh server listens there (connection refused). Is the machine up, and the port right?",
+        "no ssh server listens there (connection refused)",
     ),
-    ("timed out", "it did not answer within {seconds} s"),
+    ("timed out", "it did not answer in time"),
     ("No route to host|Network is unreachable", "there is no way to it from here ({line})"),
 )
 
@@ -332,9 +332,7 @@ class Line:
         for pattern, why in WHY:
             if found := re.search(pattern, text):
                 line = next(one for one in lines if found[0] in one)
-                return self._unreachable(
-                    why.format(host=self.host, line=line, seconds=CONNECT_SECONDS)
-                )
+                return self._unreachable(why.format(host=self.host, line=line))
         last = lines[-1] if lines else "the connection broke"
         return self._unreachable(last if code in (255, None) else f"{last}, exit code {code}")
 

@@ -180,6 +180,7 @@ def gpus() -> List[Request]:
 def bring(request: Request) -> Request:
     """Unpack what comes behind the request: each thing is there as a whole, or not at all."""
     code = os.path.join(root_of(request["instance"]), "code")
+    os.umask(0o077)
     part = tempfile.mkdtemp(dir=code, prefix=".", suffix=".part")
     try:
         with tarfile.open(fileobj=sys.stdin.buffer, mode="r|gz") as tar:

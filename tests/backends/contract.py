@@ -541,12 +541,15 @@ async def a_line_that_breaks_again_and_again_loses_nothing(bench: Bench) -> None
     link.open()
     try:
         (id,) = await box.submit(
-            "import time\nfor i in range(1500):\n    print('line', i, flush=True)\n"
-            "    if i % 25 == 0: time.sleep(0.01)"
+            "import os, time\nfor i in range(1500):\n    print('line', i, flush=True)\n"
+            "    if i % 25 == 0: time.sleep(0.01)\n"
+            "    while i == 1000 and not os.path.exists('broken'): time.sleep(0.01)"
         )
         while not box.ends(id):
             if writers and not writers[-1].is_closing():
                 writers[-1].transport.abort()
+            if len(writers) >= 3:
+                await box.link.request("write_file", path="broken", data="")
             await asyncio.sleep(0.06)
         await until(lambda: any(e["type"] == "end" for e in heard), 20)
     finally:

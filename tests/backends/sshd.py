@@ -133,15 +133,16 @@ class Machine:
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
-            self.cut()
             self._process = None
+            self.cut()
 
     def cut(self) -> int:
         """Every connection breaks; how many there were. What was started over them goes on."""
         cut = 0
-        for process in psutil.process_iter(["name", "cmdline"]):
+        for process in psutil.process_iter(["cmdline"]):
             command = " ".join(process.info["cmdline"] or [])
-            if "sshd" not in (process.info["name"] or "") or not command.startswith("sshd:"):
+            listener = self._process is not None and process.pid == self._process.pid
+            if listener or not command.startswith("sshd:"):
                 continue
             try:
                 ours = any(c.laddr.port == self.port for c in process.net_connections("tcp"))
@@ -152,13 +153,15 @@ class Machine:
                 continue
         return cut
 
-    def close(self, runtime: Path) -> None:
-        """End it, and the connections that clients shared."""
+    def end_shared(self, runtime: Path) -> None:
+        """End the connections that clients share."""
         for control in runtime.glob("ssh-*"):
             subprocess.run(
                 [*self.ssh, "-o", f"ControlPath={control}", "-O", "exit", "lab"],
                 capture_output=True,
                 check=False,
             )
+
+    def close(self) -> None:
         self.stop()
         self._silent.close()
