@@ -88,14 +88,21 @@ async def begin(bench: Bench, handle: str, told: list[str] | None = None, **chan
 # -- M01, M04: a create that fails, or whose answer is lost ---------------------------------------
 
 
-SHORT = [("UNAVAILABLE", 1), ("INTERNAL", 3), ("DEADLINE_EXCEEDED", 2), ("UNAVAILABLE", 6)]
-LONG = [(s, n) for s in ("UNAVAILABLE", "INTERNAL", "DEADLINE_EXCEEDED") for n in (1, 2, 3, 6)]
+FAILURES = [(s, n) for s in ("UNAVAILABLE", "INTERNAL", "DEADLINE_EXCEEDED") for n in (1, 2, 3, 6)]
+ORDINARY = [
+    ("cpu", "UNAVAILABLE", 1),
+    ("cpu", "INTERNAL", 3),
+    ("gpu", "DEADLINE_EXCEEDED", 2),
+    ("gpu", "UNAVAILABLE", 6),
+]
 
 
-@both_ways
 @pytest.mark.parametrize(
-    ("status", "times"),
-    [pytest.param(*c, marks=[] if c in SHORT else [pytest.mark.slow]) for c in LONG],
+    ("way", "status", "times"),
+    [
+        pytest.param(*case, marks=[] if case in ORDINARY else [pytest.mark.slow])
+        for case in [(way, *failure) for way in CREATE for failure in FAILURES]
+    ],
 )
 async def test_m01_a_create_that_fails_a_few_times_makes_one_sandbox(
     bench: Bench, control: Controller, way: str, status: str, times: int
@@ -109,7 +116,7 @@ async def test_m01_a_create_that_fails_a_few_times_makes_one_sandbox(
 
 
 @both_ways
-@pytest.mark.parametrize("status", ["reset", "UNAVAILABLE"])
+@pytest.mark.parametrize("status", ["reset", pytest.param("UNAVAILABLE", marks=[pytest.mark.slow])])
 async def test_m04_a_create_whose_answer_is_lost_is_adopted(
     bench: Bench, control: Controller, way: str, status: str
 ) -> None:
@@ -138,7 +145,7 @@ async def test_m04_when_no_answer_ever_comes_nothing_is_left(
 # -- M02: no machine ------------------------------------------------------------------------------
 
 
-@both_ways
+@first("gpu")
 async def test_m02_no_capacity_is_said_and_nothing_is_left(
     bench: Bench, control: Controller, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +268,14 @@ async def server(folder: Path, handle: str, way: str, fault: str = "", **spec: A
 
 
 @first("cpu")
-@pytest.mark.parametrize("point", ["sandbox.create", "sandbox.created", "sandbox.answers"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        pytest.param("sandbox.create", marks=[pytest.mark.slow]),
+        "sandbox.created",
+        pytest.param("sandbox.answers", marks=[pytest.mark.slow]),
+    ],
+)
 async def test_m05_what_a_killed_start_left_is_found_and_ended(
     bench: Bench, control: Controller, way: str, point: str, tmp_path: Path
 ) -> None:
@@ -282,17 +296,26 @@ async def test_m05_what_a_killed_start_left_is_found_and_ended(
 # -- M06: what fails after the machine is there ---------------------------------------------------
 
 
-@first("gpu")
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"rpc": "TaskExecStart", "status": "UNAVAILABLE"},
-        {"rpc": "TaskExecStart", "status": "INVALID_ARGUMENT"},
-        {"rpc": "TaskExecStdioRead", "status": "INTERNAL"},
-        {"rpc": "TaskExecStdioRead", "status": "", "delay": 60},
-        {"rpc": "TaskGetCommandRouterAccess", "status": "UNAVAILABLE"},
+AFTER_CREATE = [
+    ("cpu", {"rpc": "TaskExecStart", "status": "UNAVAILABLE"}),
+    ("gpu", {"rpc": "TaskExecStdioRead", "status": "", "delay": 60}),
+    ("gpu", {"rpc": "TaskGetCommandRouterAccess", "status": "UNAVAILABLE"}),
+    *[
+        (way, {"rpc": rpc, "status": status})
+        for way in CREATE
+        for rpc in ("TaskExecStart", "TaskExecStdioRead")
+        for status in ("INVALID_ARGUMENT", "INTERNAL", "RESOURCE_EXHAUSTED")
     ],
-    ids=lambda fault: f"{fault['rpc']}-{fault['status'] or 'silent'}",
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "fault"),
+    [
+        pytest.param(*case, marks=[] if i < 2 else [pytest.mark.slow])
+        for i, case in enumerate(AFTER_CREATE)
+    ],
+    ids=[f"{way}-{f['rpc']}-{f['status'] or 'silent'}" for way, f in AFTER_CREATE],
 )
 async def test_m06_what_fails_after_the_create_ends_the_machine(
     bench: Bench,
@@ -301,12 +324,10 @@ async def test_m06_what_fails_after_the_create_ends_the_machine(
     fault: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if fault["rpc"] == "TaskGetCommandRouterAccess" and way == "cpu":
-        pytest.skip("that is asked on the other way only")
     monkeypatch.setattr(backend, "BOOT_SECONDS", 2.0)
     monkeypatch.setattr(sandbox, "DIAL_SECONDS", 1.0)
     control.fault(times=0, **fault)
-    handle = f"m06-{way}-{fault['rpc'].lower()[4:]}-{fault['status'].lower()[:6]}"
+    handle = f"m06-{way}-{fault['rpc'].lower()[4:]}-{fault['status'].lower()}"[:60]
     began = time.time()
     await refused(begin(bench, handle), SandboxStartFailed, "did not")
     (row,) = rows(control, handle)
@@ -350,7 +371,7 @@ async def test_m06_a_start_that_is_cancelled_at_any_moment_leaves_nothing(
 # -- M08: an end that does not come ---------------------------------------------------------------
 
 
-@both_ways
+@first("gpu")
 async def test_m08_an_end_is_asked_for_until_it_is_confirmed(
     bench: Bench, control: Controller, way: str
 ) -> None:
@@ -362,7 +383,7 @@ async def test_m08_an_end_is_asked_for_until_it_is_confirmed(
     await bench.gone(box)
 
 
-@both_ways
+@first("cpu")
 async def test_m08_an_end_that_cannot_be_confirmed_is_told(
     bench: Bench, control: Controller, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,7 +406,7 @@ async def test_m08_an_end_that_cannot_be_confirmed_is_told(
 # -- M10: preempted -------------------------------------------------------------------------------
 
 
-@both_ways
+@first("gpu")
 async def test_m10_a_machine_that_is_taken_away_is_lost_with_what_it_said_kept(
     bench: Bench, control: Controller, way: str
 ) -> None:
@@ -477,7 +498,7 @@ async def test_m14_a_budget_that_lasts_for_nothing_is_refused(bench: Bench) -> N
     await refused(bench.harness.backend.price(spec), BadInput, "budget", "H100")
 
 
-@both_ways
+@first("gpu")
 async def test_m14_the_bill_agrees_with_the_estimate(
     bench: Bench, control: Controller, way: str
 ) -> None:
