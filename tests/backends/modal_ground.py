@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import AsyncGenerator
@@ -30,6 +31,14 @@ from seer_mcp.backends.modal import ModalBackend
 backend = ModalBackend(config_for(Path(sys.argv[1])))
 print(asyncio.run(backend.find(json.loads(sys.argv[2]))) is not None)
 """
+
+
+def token_there() -> bool:
+    """Whether this process has a token for Modal itself."""
+    import modal.config
+
+    there = modal.config.config.get("token_id") and modal.config.config.get("token_secret")
+    return bool(there) and "127.0.0.1" not in os.environ.get("MODAL_SERVER_URL", "")
 
 
 class ModalHarness:
