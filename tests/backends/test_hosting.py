@@ -368,8 +368,9 @@ async def test_a_bridge_ends_when_the_host_goes_and_loses_nothing_before(tmp_pat
 async def test_a_bridge_ends_after_silence_though_the_host_speaks(tmp_path: Path) -> None:
     async with bridge(tmp_path, flood, 0.5) as process:
         assert process.stdout
-        while await process.stdout.read(1 << 20):  # to its end
-            pass
+        async with asyncio.timeout(20):
+            while await process.stdout.read(1 << 20):  # to its end
+                pass
         assert await ends(process) == 0
 
 
