@@ -136,6 +136,7 @@ def tidy(instance: str) -> None:
 
         for name in old - {handle for _, handle in marked(instance)}:
             shutil.rmtree(os.path.join(boxes, name), ignore_errors=True)
+            shutil.rmtree(runtime_of(instance, name), ignore_errors=True)  # of a killed host
     used = set()
     for name in os.listdir(boxes) if os.path.isdir(boxes) else []:
         try:

@@ -504,7 +504,10 @@ async def test_old_remains_are_removed_by_a_later_start(harness: SshHarness) -> 
     (code / "unused").mkdir()
     for path in (boxes / "old", boxes / "old" / "journal.jsonl", code / "unused"):
         os.utime(path, (1, 1))
+    sockets = Path(runtime_of(harness.backend._instance, "old"))
+    sockets.mkdir()
     await (await started(harness, "new")).terminate()
+    assert not sockets.exists()
     assert [path.name for path in boxes.iterdir()] == ["new"]
     assert not (code / "unused").exists() and len(list(code.iterdir())) == 2
 
