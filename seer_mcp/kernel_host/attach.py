@@ -52,13 +52,18 @@ async def bridge(
             except asyncio.TimeoutError:
                 return
 
+    out = sys.stdout.fileno()
+
     async def outwards() -> None:
         while True:
             data = await reader.read(PIECE)
             if not data:
                 return
-            # In a thread: a client that does not read must not keep us from noticing its silence.
-            await loop.run_in_executor(None, _write, data)
+            # In a thread if it may wait: who does not read must not keep us from noticing its silence.
+            if len(data) <= select.PIPE_BUF and select.select([], [out], [], 0)[1]:
+                _write(data)  # so much goes into a pipe that has room
+            else:
+                await loop.run_in_executor(None, _write, data)
 
     tasks = [asyncio.ensure_future(inwards()), asyncio.ensure_future(outwards())]
     done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

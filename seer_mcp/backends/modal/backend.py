@@ -143,12 +143,15 @@ class ModalBackend:
                 THERE.packs,
                 [f"{THERE.cwd}/{path.name}" for path in place.protected],
             ),
+            # Whoever takes too much is ended alone, before the machine is; nothing else is limited.
             limits={
                 "means": "watch",
                 "memory": spec.memory,
                 "processes": PROCESSES,
                 "groups": [],
-            },
+            }
+            if spec.memory
+            else None,
             keep=f"{KEEP}/{kept_as(place.handle)}",
             lasts=lasts - min(GRACE_SECONDS, lasts / 4),
             files=FILES if spec.files else "",

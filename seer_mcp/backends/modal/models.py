@@ -41,13 +41,14 @@ VOLUME = "/model"  # where the machine that fetches has the volume
 FETCHER = "/seer/fetch"
 FETCH_SECONDS = 6 * 3600
 CORES, MEBIBYTES = 2.0, 4096
-TOKEN = "HF_TOKEN"
+FETCHING = ("HF_TOKEN", "HF_ENDPOINT")  # of the server's environment, for that machine
 
 
 class Models:
     def __init__(self, config: Config, images: Images) -> None:
         self._here = config.project_dir
-        self._token = config.fetch_env.get(TOKEN, "")
+        self._env = {"HF_HUB_DISABLE_TELEMETRY": "1"}
+        self._env |= {name: value for name, value in config.fetch_env.items() if name in FETCHING}
         self._images = images
 
     async def ready(
@@ -138,7 +139,6 @@ class Models:
             ),
             app,
         )
-        env = {"HF_HUB_DISABLE_TELEMETRY": "1", **({TOKEN: self._token} if self._token else {})}
         client = app._client
         try:
             there = await modal.Sandbox.create.aio(
@@ -148,7 +148,7 @@ class Models:
                 name=model.volume,
                 tags={**tags, HANDLE: model.volume},
                 image=image,
-                secrets=[modal.Secret.from_dict({**env})],
+                secrets=[modal.Secret.from_dict({**self._env})],
                 timeout=FETCH_SECONDS,
                 cpu=(CORES, CORES),
                 memory=MEBIBYTES,
