@@ -79,7 +79,7 @@ class ModalBackend:
         self._account = Account(client)
         self._images = Images(config.state_dir / "modal")
         self._journals = Journals(self._instance)
-        self._models = Models(config, self._images)
+        self._models = Models(config, self._account, self._images)
 
     # -- start ----------------------------------------------------------------------------------
 

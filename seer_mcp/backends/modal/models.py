@@ -31,7 +31,7 @@ from ...model_store import (
     unnamed,
 )
 from .. import Progress
-from .account import APP, HANDLE
+from .account import APP, HANDLE, Account
 from .image import PYTHON, UV, Images
 from .sandbox import ModalSandbox
 
@@ -45,7 +45,8 @@ FETCHING = ("HF_TOKEN", "HF_ENDPOINT")  # of the server's environment, for that 
 
 
 class Models:
-    def __init__(self, config: Config, images: Images) -> None:
+    def __init__(self, config: Config, account: Account, images: Images) -> None:
+        self._account = account
         self._here = config.project_dir
         self._env = {"HF_HUB_DISABLE_TELEMETRY": "1"}
         self._env |= {name: value for name, value in config.fetch_env.items() if name in FETCHING}
@@ -92,7 +93,7 @@ class Models:
     async def _model(
         self, model: HubModel, label: str, tags: dict[str, str], app: Any, report: Progress
     ) -> tuple[Any, Manifest]:
-        client = app._client  # the app's own
+        client = await self._account.client()
         volume = modal.Volume.from_name(
             model.volume, create_if_missing=True, version=2, client=client
         )
@@ -139,7 +140,7 @@ class Models:
             ),
             app,
         )
-        client = app._client
+        client = await self._account.client()
         try:
             there = await modal.Sandbox.create.aio(
                 "python",

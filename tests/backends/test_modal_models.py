@@ -1,0 +1,120 @@
+"""Models at Modal: fetched once by a machine of their own, from a hub on loopback, and mounted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seer_mcp.backends.modal import ModalBackend
+from seer_mcp.environment import ModelSpec
+from seer_mcp.errors import BadInput, ModelUnavailable
+
+from ..modal_cloud.control import Controller
+from ..modal_cloud.fixtures import available, client_environment, running_cloud
+from ..models.hub import Hub, open_hub
+from ..support import config_for
+from .contract import Bench, Box, refused
+from .modal_ground import ModalHarness
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(not available(), reason="the control plane's machines need root"),
+]
+BASE = Path(__file__).parent.parent.parent / "tool_packs" / "organisms" / "weights" / "base"
+TOKEN = "hf_abcdefghijklmnopqrstuvwxyz0123"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with open_hub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def control() -> Iterator[Controller]:
+    with running_cloud() as cloud, client_environment(cloud.environment):
+        yield cloud.control
+        assert cloud.control.errors() == []
+
+
+@pytest.fixture
+async def bench(control: Controller, hub: Hub, tmp_path: Path) -> AsyncIterator[Bench]:
+    harness = ModalHarness(control, tmp_path, None)
+    harness.backend = backend(harness, hub, TOKEN)
+    made = Bench(harness)
+    yield made
+    await made.close()
+    assert harness.alive() == []
+
+
+def backend(harness: ModalHarness, hub: Hub, token: str = "") -> ModalBackend:
+    env = {"HF_ENDPOINT": hub.url, **({"HF_TOKEN": token} if token else {})}
+    return ModalBackend(config_for(harness.folder, fetch_env=env))
+
+
+def fetched(control: Controller) -> list[dict[str, Any]]:
+    return [row for row in control.ledger() if row["name"].startswith("seer-model-")]
+
+
+async def start(bench: Bench, told: list[str], *models: ModelSpec) -> Box:
+    place = bench.harness.place(f"models-{len(bench.started)}", "")
+    made = await bench.harness.backend.start(bench.harness.spec(models=models), place, told.append)
+    box = Box(bench.harness, made, place, told)
+    bench.started.append(box)
+    return await box.ready()
+
+
+async def test_a_gated_model_is_fetched_once_and_its_token_stays_away(
+    bench: Bench, control: Controller, hub: Hub
+) -> None:
+    hub.add_folder("lab/base", BASE, gated=True)
+    hub.accounts[TOKEN] = {"lab/base"}
+    told: list[str] = []
+    box = await start(bench, told, ModelSpec(name="lab/base"))
+    models = json.loads(await box.value("__import__('os').environ['SEER_MODELS']"))
+    folder = models["lab/base"]
+    assert await box.value(f"len(open({folder!r} + '/model.safetensors', 'rb').read())") == (
+        (BASE / "model.safetensors").stat().st_size
+    )
+    assert await box.value("'HF_TOKEN' in __import__('os').environ") is False
+    wrote = await box.run(f"open({folder!r} + '/mine', 'w')")
+    assert wrote.state == "error"
+    assert any("lab/base" in line for line in told)
+    (row,) = fetched(control)
+    assert row["gpu"] == "" and row["why"] in ("exit", "terminated") and row["ended"] is not None
+    asked = len(hub.requests)
+    other: list[str] = []
+    await start(bench, other, ModelSpec(name="lab/base"))
+    assert len(fetched(control)) == 1 and len(hub.requests) == asked
+
+
+async def test_a_hidden_model_is_named_nowhere(bench: Bench, control: Controller, hub: Hub) -> None:
+    hub.add_folder("lab/secret-organism", BASE)
+    hub.accounts[TOKEN] = set()
+    told: list[str] = []
+    box = await start(bench, told, ModelSpec(name="lab/secret-organism", hidden=True))
+    assert not [line for line in told if "secret-organism" in line]
+    found = (await box.command("ls /models/1; grep -rIl secret-organism /models || true")).text()
+    assert "model.safetensors" in found and "manifest.json" not in found
+    assert "secret-organism" not in found and "/models/" not in found
+
+
+@pytest.mark.parametrize("name", ["lab/gated", "lab/nothing"])
+async def test_a_model_that_cannot_be_had_starts_no_kernel(
+    bench: Bench, control: Controller, hub: Hub, name: str
+) -> None:
+    hub.add_folder("lab/gated", BASE, gated=True)
+    bench.harness.backend = backend(bench.harness, hub)  # type: ignore[arg-type]
+    await refused(start(bench, [], ModelSpec(name=name)), ModelUnavailable, name)
+    assert [r["name"][:11] for r in control.ledger()] == ["seer-model-"]
+    assert bench.harness.alive() == []  # type: ignore[attr-defined]
+
+
+async def test_a_folder_of_this_side_is_refused(bench: Bench, control: Controller) -> None:
+    spec = ModelSpec(name="./weights")
+    await refused(start(bench, [], spec), BadInput, "./weights", "files")
+    assert control.ledger() == []
