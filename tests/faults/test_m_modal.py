@@ -523,10 +523,15 @@ async def test_an_api_that_is_away_loses_nothing(
         "import time\nfor i in range(60):\n    print('line', i, flush=True)\n    time.sleep(0.05)"
     )
     await box.until(lambda: "line 5\n" in box.said(id))
-    control.down(seconds=4)
+    for rpc in ("TaskExecStart", "TaskExecStdioRead"):  # the machine is out of reach as well
+        control.fault(rpc=rpc, status="FAILED_PRECONDITION", times=0)
+    control.down(seconds=60)
     control.cut()
     with pytest.raises(SandboxUnreachable):
         await bench.harness.backend.find(box.record)
+    with pytest.raises(SandboxUnreachable):
+        await box.link.request("status", timeout=3)
+    control.forgive()
     done = await box.over(id)
     assert done.text() == "".join(f"line {i}\n" for i in range(60))
     assert box.gone is None and await box.value("1") == 1
