@@ -238,19 +238,24 @@ import asyncio, sys
 from pathlib import Path
 from seer_mcp.backends.modal import ModalBackend
 from seer_mcp.kernel_host.fault import arm
+from tests.backends.contract import Box
 from tests.backends.modal_ground import ModalHarness
 harness = ModalHarness(None, Path(sys.argv[1]), sys.argv[3] or None)
 arm(sys.argv[4])
 async def main():
     sandbox = await harness.backend.start(harness.spec(**eval(sys.argv[5])), harness.place(sys.argv[2], ""), print)
     print("STARTED", flush=True)
-    await sandbox.dial()
+    box = await Box(harness, sandbox, harness.place(sys.argv[2], ""), []).ready()
+    if sys.argv[6]:
+        print("RUN", (await box.submit(sys.argv[6]))[0], flush=True)
     await asyncio.sleep(3600)
 asyncio.run(main())
 """
 
 
-async def server(folder: Path, handle: str, way: str, fault: str = "", **spec: Any) -> Any:
+async def server(
+    folder: Path, handle: str, way: str, fault: str = "", cell: str = "", **spec: Any
+) -> Any:
     """A process that starts a sandbox, as a server does, and dies at a point if told to."""
     folder.mkdir(exist_ok=True)
     return await asyncio.create_subprocess_exec(
@@ -262,6 +267,7 @@ async def server(folder: Path, handle: str, way: str, fault: str = "", **spec: A
         GPU if way == "gpu" else "",
         fault,
         repr(spec),
+        cell,
         stdout=asyncio.subprocess.PIPE,
         cwd=ROOT,
     )
@@ -471,6 +477,32 @@ async def test_m13_modal_ends_a_machine_whose_host_hangs(
     (row,) = rows(control, box.place.handle)
     assert row["why"] == "timeout" and row["seconds"] < 7
     await box.link.close()
+
+
+LINES = "import time\nfor i in range(200):\n    print('line', i, flush=True)\n    time.sleep(0.01)"
+
+
+@first("gpu")
+@pytest.mark.parametrize("moment", [0.3, pytest.param(1.1, marks=[pytest.mark.slow])])
+async def test_a_server_that_is_killed_in_mid_cell_loses_no_line(
+    bench: Bench, control: Controller, way: str, moment: float, tmp_path: Path
+) -> None:
+    handle = f"killed-{way}-{int(moment * 10)}"
+    process = await server(tmp_path / "killed", handle, way, cell=LINES)
+    while not (line := await process.stdout.readline()).startswith(b"RUN "):
+        pass
+    await asyncio.sleep(moment)
+    process.kill()
+    await process.communicate()
+    again = ModalHarness(control, tmp_path / "killed", None)
+    (record,) = await again.backend.sweep("")
+    found = await again.backend.find(record)
+    assert found is not None and record["handle"] == handle
+    box = Box(again, found, again.place(handle, ""), [])
+    done = await box.over(line.split()[1].decode())
+    assert done.text() == "".join(f"line {i}\n" for i in range(200)) and done.state == "complete"
+    assert box.damage == [] and [e["n"] for e in box.events] == list(range(1, len(box.events) + 1))
+    await box.end()
 
 
 # -- M14: money -----------------------------------------------------------------------------------
