@@ -22,6 +22,7 @@ import pytest
 from seer_mcp.backends.modal import ModalBackend, backend, sandbox
 from seer_mcp.environment import SandboxSpec
 from seer_mcp.errors import BadInput, EndUnconfirmed, SandboxStartFailed, SandboxUnreachable
+from seer_mcp.kernel_host.keep import GROW_SECONDS
 
 from ..backends.contract import Bench, Box, refused, until
 from ..backends.modal_ground import GPU, ROOT, ModalHarness
@@ -427,6 +428,24 @@ async def test_m10_a_machine_that_is_taken_away_is_lost_with_what_it_said_kept(
     (row,) = rows(control, box.place.handle)
     assert row["why"] == "preempted"
     await box.link.close()
+
+
+@pytest.mark.slow
+@both_ways
+async def test_m10_of_what_nobody_fetched_all_but_the_last_seconds_outlives_the_machine(
+    bench: Bench, control: Controller, way: str
+) -> None:
+    box = await bench.start()
+    (id,) = await box.submit("import time\nprint('kept', flush=True)\ntime.sleep(60)")
+    await box.until(lambda: "kept" in box.said(id))
+    await box.link.close()
+    await asyncio.sleep(GROW_SECONDS + 8)  # and until Modal commits it
+    control.preempt(sandbox=box.place.handle)
+    await until(lambda: rows(control, box.place.handle)[0]["ended"], 10)
+    local = bench.harness.folder / "journal"
+    journal = await bench.harness.backend.left_behind(box.record, local)
+    assert journal is not None and '"kept\\n"' in journal.read_text()
+    assert await bench.harness.backend.left_behind(box.record, local) == journal  # also again
 
 
 # -- M12, M13: nobody is there --------------------------------------------------------------------
