@@ -139,12 +139,12 @@ class StillStarting(SandboxUnavailable):
 
 
 class EndUnconfirmed(SandboxUnavailable):
-    """A machine that may still run, and cost money, although its end was asked for."""
+    """A machine that may still run, and cost money if it is billed, although its end was asked for."""
 
-    def __init__(self, handle: str, id: str, why: str) -> None:
+    def __init__(self, handle: str, id: str, why: str, billed: bool = True) -> None:
         super().__init__(
-            f"STILL BILLING: sandbox {handle} ({id}) could not be ended: {why}. Its end is asked for again and again; "
-            "list_sandboxes shows when it is confirmed."
+            f"STILL {'BILLING' if billed else 'RUNNING'}: sandbox {handle} ({id}) could not be ended: {why}. "
+            "Its end is asked for again and again; list_sandboxes shows when it is confirmed."
         )
         self.id = id
         self.why = why

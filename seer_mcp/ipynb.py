@@ -202,6 +202,9 @@ DOCUMENT_FACTS: dict[str, type] = {
     "backend": str,
     "folded": int,
     "version": str,
+    "cost": str,
+    "price": str,
+    "link": str,
 }
 RUN_FACTS: dict[str, type] = {
     "run": str,

@@ -133,7 +133,9 @@ class Cell:
             return False  # or it would be those of every display without an id
         if self.outputs is not None:
             return self.outputs.shows(display)
-        if "outputs" not in self._data and json.dumps(display, ensure_ascii=False).encode() not in (self._text or b""):
+        if "outputs" not in self._data and json.dumps(display, ensure_ascii=False).encode() not in (
+            self._text or b""
+        ):
             return False
         return any(display_id(output) == display for output in self.data.get("outputs", []))
 

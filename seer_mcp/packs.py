@@ -131,6 +131,10 @@ class Packs:
         # For each module file: what it was when it was read, and what came of it.
         self._read: dict[Path, tuple[tuple[int, ...], Pack | str | None]] = {}
 
+    def with_folders(self, more: Sequence[Path]) -> Packs:
+        """These, and those of further folders."""
+        return Packs([*self._folders, *more]) if more else self
+
     def read(self) -> Listing:
         """All packs as they are now; a module that has not changed costs a stat.
 

@@ -260,7 +260,7 @@ def add_notices(server: SeerServer, register: Register, bus: InMemorySubscriptio
         if cell:
             soon(f"seer://sandboxes/{session.handle}/cells/{cell}")
 
-    register.on_change = on_change
+    register.heard(on_change)
     server.on_request("resources/subscribe", SubscribeRequestParams, subscribe)
     server.on_request("resources/unsubscribe", UnsubscribeRequestParams, unsubscribe)
 

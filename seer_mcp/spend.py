@@ -137,6 +137,11 @@ class SpendBook:
         entry = self.entries().get(sandbox)
         return Spent() if entry is None else entry.spent(0.0, now)
 
+    def closed(self, sandbox: str) -> float | None:
+        """When it stopped to cost money, if that is in the book."""
+        entry = self.entries().get(sandbox)
+        return entry.until if entry is not None and entry.closed else None
+
     def burning(self, now: float) -> Price | None:
         """What runs and costs money, as one price."""
         live = [e for e in self.entries().values() if e.burns(now)]

@@ -28,7 +28,17 @@ FLOORS = [
     ["render"],
     ["outputs", "logs"],
     ["secret"],
-    ["errors", "files", "money", "redact", "sharedfile", "text", "merge", "versions", "kernel_host"],
+    [
+        "errors",
+        "files",
+        "money",
+        "redact",
+        "sharedfile",
+        "text",
+        "merge",
+        "versions",
+        "kernel_host",
+    ],
 ]
 FLOOR = {room: number for number, rooms in enumerate(reversed(FLOORS)) for room in rooms}
 KNOW_MCP = {"tools", "server", "http", "render", "cli", "demo"}

@@ -80,7 +80,7 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["torch", "ipykernel", "jupyter-client", "modal"])
+@pytest.mark.parametrize("name", ["torch", "ipykernel", "jupyter-client"])
 def test_the_server_alone_does_not_need(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert not [d for d in project["dependencies"] if d.lower().startswith(name)]

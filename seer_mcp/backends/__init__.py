@@ -103,6 +103,11 @@ class Sandbox(Protocol):
 class Backend(Protocol):
     """Starts, finds and ends machines. Made once per server, with its Config."""
 
+    @property
+    def has_secrets(self) -> bool:
+        """Whether it has a store of secrets, in which names may be that this side has no value of."""
+        ...
+
     async def start(self, spec: SandboxSpec, place: Place, report: Progress) -> Sandbox:
         """A running machine whose host answers; its kernel may still be starting.
 

@@ -153,6 +153,8 @@ def make_private(folder: Path) -> None:
 
 
 class LocalBackend:
+    has_secrets = False
+
     def __init__(self, config: Config) -> None:
         self._config = config
         self._instance = hosting.instance_of(config)

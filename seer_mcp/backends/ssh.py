@@ -44,6 +44,7 @@ LACKING = {
     "python_packages": "install them there (pip install in the environment of `python`)",
     "system_packages": "ask who looks after the machine to install them",
     "repos": "clone them there; run_command does it",
+    "models": "load_model fetches them there, with that machine's own token",
     "snapshot": "files of such a machine stay where they are; it has no snapshots",
 }
 
@@ -106,7 +107,9 @@ class SshSandbox:
             except SandboxUnreachable as error:
                 why = str(error)
             if time.monotonic() > end:
-                raise EndUnconfirmed(self._handle, where(self._record), why.rstrip("."))
+                raise EndUnconfirmed(
+                    self._handle, where(self._record), why.rstrip("."), billed=False
+                )
             await asyncio.sleep(2.0)
 
     async def snapshot(self) -> str:
@@ -159,6 +162,8 @@ def unreachable(host: str, handle: str, refusal: Refusal) -> SandboxUnreachable:
 
 
 class SshBackend:
+    has_secrets = False
+
     def __init__(self, config: Config) -> None:
         self._config = config
         self._instance = hosting.instance_of(config)
@@ -342,7 +347,7 @@ class SshBackend:
             except SandboxUnreachable as problem:
                 if time.monotonic() > end:
                     raise EndUnconfirmed(
-                        handle, f"on {line.host}", str(problem).rstrip(".")
+                        handle, f"on {line.host}", str(problem).rstrip("."), billed=False
                     ) from error
             await asyncio.sleep(1.0)
 

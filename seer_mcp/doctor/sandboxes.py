@@ -24,8 +24,8 @@ from ..kernel_host.identity import MARK
 from ..logs import held
 from ..packs import Packs
 from ..sessions import Register
+from ..sessions.finds import FORGET_SECONDS
 from ..sessions.record import read_record, sealed
-from ..sessions.register import FORGET_SECONDS
 from .findings import Finding, Fix, Patient, fail, ok, warn
 from .places import shortly
 

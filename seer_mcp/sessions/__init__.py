@@ -2,5 +2,6 @@
 
 from .register import Register
 from .session import RunInfo, Session
+from .starting import Starting
 
-__all__ = ["Register", "RunInfo", "Session"]
+__all__ = ["Register", "RunInfo", "Session", "Starting"]

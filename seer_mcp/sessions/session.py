@@ -15,6 +15,7 @@ from typing import Any
 from ..backends import Backend, Record, Sandbox
 from ..errors import (
     BadInput,
+    EndUnconfirmed,
     KernelDead,
     KernelStartFailed,
     NotebookNotSaved,
@@ -29,6 +30,9 @@ from ..kernel_host.fault import fault_point
 from ..notebook import UNFINISHED, Cell, Notebook
 from ..observe import Call, RunFacts, current_call
 from ..outputs import Outputs
+from ..redact import EventRedactor, Redactor
+from .lease import Lease
+from .meter import Meter
 from .record import sealed
 
 Heartbeat = Callable[[str], Awaitable[None]]
@@ -37,6 +41,7 @@ HEARTBEAT_SECONDS = 5.0
 INTERRUPT_SECONDS = 5.0
 FRESH_SECONDS = 0.05  # that a look waits for what was put out before it
 SAVE_AGAIN_SECONDS = 2.0
+INSIST_SECONDS = 60.0  # between two tries to end a machine
 FILE_PIECE = 2_000_000
 SLICE = 0.02  # seconds of folding after which other tasks get a turn
 
@@ -80,6 +85,7 @@ class Session:
         state_dir: Path,
         lock: Lock,
         created: float,
+        redactor: Redactor | None = None,
     ) -> None:
         self.handle = handle
         self.name = name
@@ -97,6 +103,15 @@ class Session:
         self.generation = 0
         self.ended: str | None = None
         """Why the sandbox is gone, or None while it lives."""
+        self.stopping: str | None = None
+        """Why its end was asked for: whoever finds it later ends it."""
+        self.unconfirmed: EndUnconfirmed | None = None
+        """Its machine may still run, and cost money, although its end was asked for."""
+        self.meter: Meter | None = None
+        """What it costs; None where nothing is billed."""
+        self.lease = Lease()
+        self.secrets: tuple[str, ...] = ()
+        """Names of the secrets that were given to it."""
         self.unread = False
         """It ended long ago: its notebook is read when somebody asks for it."""
         self.lost_bytes = 0
@@ -107,8 +122,10 @@ class Session:
         """… their size, as far as they were there at all."""
         self.on_change: Callable[[Session, str], None] = lambda session, cell: None
         self.on_end: Callable[[Session], None] = lambda session: None
+        self.on_stopping: Callable[[Session], None] = lambda session: None
         self.on_run_begun: Callable[[Session, RunInfo, str], None] = lambda session, run, code: None
         self.on_run_over: Callable[[Session, RunInfo], None] = lambda session, run: None
+        self._events = EventRedactor(redactor or Redactor(), self._fold)
         self._sandbox: Sandbox | None = None
         self._left_behind: Callable[[], Awaitable[Path | None]] = nothing
         self._link: Link | None = None
@@ -136,7 +153,9 @@ class Session:
                 else (self._closing_why or "its host process ended unexpectedly")
             )
 
-        self._link = Link(sandbox.dial, start, self._fold, self._damaged, is_gone, self._lost)
+        self._link = Link(
+            sandbox.dial, start, self._events.take, self._damaged, is_gone, self._lost
+        )
         self._link.open()
         self._saver = asyncio.create_task(
             self.notebook.keep_saved(), name=f"saver of {self.handle}"
@@ -164,6 +183,7 @@ class Session:
         if self.ended is not None:
             return
         status = await self._link.request("status")  # its last change may have been folded before
+        self.lease.heard(status)
         self.kernel_state, self.kernel_how = status["kernel"], status["how"]
         self.generation = status["generation"]
         open_runs = [cell.seer["run"] for cell in self.notebook.cells if cell.state in UNFINISHED]
@@ -209,7 +229,7 @@ class Session:
             if stopped and event["type"] == "end" and event["state"] == "expired":
                 event.update(state="interrupted", why=stopped)
             if not stopped or event["type"] != "closing":
-                self._fold(event)
+                self._events.take(event)
 
         events = Events(start, fold, self._damaged)
         try:
@@ -224,6 +244,7 @@ class Session:
                         began = time.monotonic()
         except OSError:
             events.damaged(0)
+        self._events.flush()
 
     @property
     def damage(self) -> str:
@@ -265,7 +286,10 @@ class Session:
         self.release()
 
     async def terminate(self, why: str) -> None:
-        """End the sandbox; the notebook stays. Once begun it is finished, even if the caller goes."""
+        """End the sandbox; the notebook stays. Once begun it is finished, even if the caller goes.
+
+        Raises EndUnconfirmed if that could not be made sure; it is tried again until it can.
+        """
         if self.ended is None and self._ending is None:
             self._ending = asyncio.create_task(self._terminate(why))
         if self._ending is not None:
@@ -274,10 +298,33 @@ class Session:
     async def _terminate(self, why: str) -> None:
         sandbox = self._sandbox
         assert sandbox is not None
-        self._closing_why = why
+        self._closing_why = self.stopping = why
+        self.on_stopping(self)
         fault_point("stop.begun")
         await self._stop_following()
-        await sandbox.terminate()
+        try:
+            await sandbox.terminate()
+        except EndUnconfirmed as error:
+            self.unconfirmed = error
+            self._own(self._insist(sandbox, lambda: self._terminated(sandbox, why)))
+            raise
+        await self._terminated(sandbox, why)
+
+    async def _insist(self, sandbox: Sandbox, then: Callable[[], Awaitable[None]]) -> None:
+        """Ask for the end again until it is confirmed."""
+        pause = 1.0
+        while self.unconfirmed is not None:
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, INSIST_SECONDS)
+            try:
+                await sandbox.terminate()
+            except EndUnconfirmed as error:
+                self.unconfirmed = error
+            else:
+                self.unconfirmed = None
+        await then()
+
+    async def _terminated(self, sandbox: Sandbox, why: str) -> None:
         fault_point("stop.gone")
         self._sandbox = sandbox
         if journal := await self._left_behind():  # what was said after we had stopped following
@@ -291,6 +338,7 @@ class Session:
             await asyncio.wait(self._work, timeout=2.0)
         if self._link is not None:
             await self._link.close()
+        self._events.flush()
         if self._saver is not None:
             self._saver.cancel()
             await asyncio.wait([self._saver])
@@ -306,6 +354,7 @@ class Session:
             self._ending = self._own(self._end_lost(why, self.notebook.folded + 1))
 
     async def _end(self, why: str, state: str) -> None:
+        self._events.flush()
         self.ended = why
         for cell in self.notebook.cells:
             if cell.state in UNFINISHED:
@@ -315,6 +364,7 @@ class Session:
                 self._finish(run.id, state, why)
         self._kernel_changed.set()
         self.notebook.metadata["seer"] = {**self.notebook.metadata.get("seer", {}), "ended": why}
+        self.note_cost()
         self.notebook.changed()
         await self._save_quietly(last=True)
         if self._saver is not None:
@@ -323,7 +373,12 @@ class Session:
         if self.notebook_lock is not None and saved:
             self.notebook_lock.release()  # the next sandbox may open it at once, as our answers say
         if self._sandbox is not None:
-            await self._sandbox.terminate()  # also what a killed host left behind
+            try:
+                await self._sandbox.terminate()  # also what a killed host left behind
+            except EndUnconfirmed as error:
+                self.unconfirmed = error
+                self._own(self._insist(self._sandbox, self._end_once_saved))
+                return
         if saved:
             self._end_for_good()
         else:  # the record says that it lives, and the journal stays: the next server could finish
@@ -611,8 +666,48 @@ class Session:
     # -- state --------------------------------------------------------------------------------
 
     async def status(self) -> dict[str, Any]:
-        """What the host says now: kernel, active run, queue, idle time."""
-        return await self._linked().request("status", timeout=5.0)
+        """What the host says now: kernel, active run, queue, idle time, lease."""
+        found = await self._linked().request("status", timeout=5.0)
+        self.lease.heard(found)
+        return found
+
+    async def extend(self, lifetime: float | None, idle_limit: float | None) -> Lease:
+        """Move the end of the lease: seconds from now, and without use. The host knows the bound."""
+        wanted = {"lifetime": lifetime, "idle_limit": idle_limit}
+        answer = await self._linked().request(
+            "extend", **{key: value for key, value in wanted.items() if value is not None}
+        )
+        self.lease.heard(answer)
+        return self.lease
+
+    async def snapshot(self) -> str:
+        """Keep the sandbox's files; the id to start another from. Raises BadInput where that cannot be."""
+        self._linked()
+        assert self._sandbox is not None
+        return await self._sandbox.snapshot()
+
+    def note_cost(self) -> None:
+        """Write what it cost up to now into the book and the notebook."""
+        if self.meter is None:
+            return
+        self.meter.note()
+        link = self._sandbox.record().get("link") if self._sandbox is not None else None
+        told = {
+            "cost": self.meter.so_far(),
+            "price": self.meter.price.sentence(),
+            **({"link": link} if link else {}),
+        }
+        self.notebook.metadata["seer"] = {**self.notebook.metadata.get("seer", {}), **told}
+        self.notebook.changed()
+
+    def warnings(self) -> list[str]:
+        """What is about to happen to it, in sentences."""
+        said = [str(self.unconfirmed)] if self.unconfirmed is not None else []
+        if self.ended is None and self.unconfirmed is None:
+            said += self.lease.warnings(self.handle)
+            if self.meter is not None:
+                said += self.meter.warnings()
+        return said
 
     def record(self) -> Record:
         sandbox = self._sandbox.record() if self._sandbox is not None else None
@@ -625,6 +720,9 @@ class Session:
                 "notebook": str(self.notebook.path),
                 "created": self.created,
                 "ended": self.ended,
+                "stopping": self.stopping,
+                "price": self.meter.kept() if self.meter is not None else None,
+                "secrets": list(self.secrets),
                 "sandbox": sandbox,
             }
         )
@@ -642,6 +740,8 @@ class Session:
 
     def _linked(self) -> Link:
         if self.ended is not None or self._ending is not None:
+            if self.unconfirmed is not None:
+                raise self.unconfirmed
             why = self.ended or self._closing_why or "its host is gone"
             raise SandboxLost(self.handle, why, str(self.notebook.path))
         if self._link is None:

@@ -94,6 +94,7 @@ def notes(session: Session, run: RunInfo | None = None) -> str:
             "version; outputs "
             "are kept in the sandbox. Once that is mended, the next save will be complete."
         )
+    lines += session.warnings()
     told, session.notebook.notices[:] = list(session.notebook.notices), []
     lines += [f"NOTE: {notice}" for notice in told]
     if session.lost_bytes:

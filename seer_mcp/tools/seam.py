@@ -25,6 +25,8 @@ Heartbeat = Callable[[str], Awaitable[None]]
 # NaN is no time to wait for, and what counts bytes is no larger than a file can be.
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Minutes = Annotated[float, Field(ge=0, le=525_600, allow_inf_nan=False)]
+Hours = Annotated[float, Field(ge=0, le=8_760, allow_inf_nan=False)]
+Dollars = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
 Gigabytes = Annotated[float, Field(ge=0, le=2**20, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 

@@ -141,7 +141,7 @@ async def test_c01_a_cancelled_list_does_not_lose_a_sandbox_that_is_found_again(
 async def let_go(lab: Lab) -> None:
     """End this server as one that keeps its sandboxes does."""
     register = lab.client.server.register  # type: ignore[union-attr]
-    for session in list(register._sessions.values()):
+    for session in list(register._held.live):
         await session.let_go()
         session.ended = "let go by the test"
 

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import modal
+import modal.config
 import modal.exception
 from grpclib import GRPCError
 from grpclib.exceptions import StreamTerminatedError
@@ -74,6 +75,12 @@ class Account:
             except BROKEN:  # a token may be refused its rates, and the table is no guess
                 self._rates = TABLE
         return self._rates
+
+
+def account_keys() -> dict[str, str]:
+    """The token of this machine, wherever modal's client finds it: nobody is to be shown it."""
+    kept = {"MODAL_TOKEN_ID": "token_id", "MODAL_TOKEN_SECRET": "token_secret"}
+    return {name: value for name, key in kept.items() if (value := modal.config.config.get(key))}
 
 
 def why(error: BaseException) -> str:

@@ -40,6 +40,7 @@ from .account import (
     OWNER,
     PASSING,
     Account,
+    account_keys,
     no_secret,
     not_started,
     said,
@@ -73,8 +74,11 @@ LACKING = {
 class ModalBackend:
     """`client`: another one of modal's than that of the environment's token, for tests."""
 
+    has_secrets = True
+
     def __init__(self, config: Config, client: Any = None) -> None:
         self._config = config
+        config.redactor.know(account_keys())
         self._instance = hosting.instance_of(config)
         self._account = Account(client)
         self._images = Images(config.state_dir / "modal")

@@ -1,0 +1,364 @@
+"""Start a sandbox: in a task that belongs to no call, so that whatever fails, nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..backends import Backend, Place, Progress
+from ..environment import Investigation, SandboxSpec
+from ..errors import (
+    BadInput,
+    Conflict,
+    EndUnconfirmed,
+    NotFound,
+    SandboxStartFailed,
+    SeerError,
+    show,
+)
+from ..files import Lock, checked_name, private_dir, resolve_inside, write_json
+from ..ipynb import read_notebook
+from ..kernel_host.fault import fault_point
+from ..model_store import ModelStore
+from ..money import Price, hard_stop, terms
+from ..notebook import Notebook, why_not
+from ..sharedfile import stamp
+from .holdings import Holdings, release
+from .meter import Meter
+from .session import INSIST_SECONDS, Session
+from .starting import Starting
+
+READY_SECONDS = 40.0
+LIFETIME = 4 * 3600.0  # of a sandbox that is billed, if nobody says otherwise; it can be extended
+IDLE_LIMIT = 30 * 60.0  # and without use
+LONGEST = 24 * 3600.0
+FAILURES_KEPT = 3600.0  # seconds for which it is said why a start failed
+ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be started."""
+
+    backend: Backend
+    spec: SandboxSpec
+    source: Path | None
+    """The notebook that is opened."""
+    fork: bool
+    """Whether a copy of it is."""
+    packs: Mapping[str, Path]
+    """What the kernel can import, by name."""
+
+
+class Starts:
+    def __init__(self, held: Holdings) -> None:
+        self._held = held
+
+    async def begin(
+        self,
+        owner: str,
+        name: str,
+        spec: SandboxSpec,
+        notebook: str,
+        fork: bool,
+        investigation: Investigation | None = None,
+    ) -> Starting:
+        """Begin to start a sandbox. What can be told at once is told at once, by raising."""
+        backend = await self._held.backend(spec.backend)
+        if len(self._held.live) + len(self.under_way()) >= self._held.config.max_sandboxes:
+            raise Conflict(
+                f"{len(self._held.live)} sandboxes are running, which is this server's limit. Stop one with "
+                "stop_sandbox first."
+            )
+        source = self._existing(notebook) if notebook else None
+        stem = source.stem if source else investigation.name if investigation else "sandbox"
+        name = self._free_name(owner, name, stem)
+        handle = f"{name}-{''.join(secrets.choice(ALPHABET) for _ in range(6))}"
+        folders = investigation.pack_folders if investigation else ()
+        packs = self._held.packs.with_folders(folders).read().importable()
+        order = Order(backend, spec, source, fork, packs)
+        start = self._held.starting[handle] = Starting(handle, name, owner, spec.backend)
+
+        def started(task: asyncio.Task[Session]) -> None:
+            if task.cancelled() or task.exception() is None:
+                del self._held.starting[handle]
+
+        # A call that is cancelled is cancelled at every await: it could not clean up after itself.
+        task = self._held.own(self._start(start, order))
+        start.follow(task)
+        task.add_done_callback(started)
+        return start
+
+    def under_way(self) -> list[Starting]:
+        return [start for start in self._held.starting.values() if not start.over.is_set()]
+
+    async def price(self, spec: SandboxSpec) -> tuple[SandboxSpec, Price | None, float | None, str]:
+        """The spec with its limits, what it costs, the seconds that it can last, and that in a sentence.
+
+        Raises BudgetSpent.
+        """
+        price = await (await self._held.backend(spec.backend)).price(spec)
+        if price is None:
+            return spec, None, spec.lifetime, terms(None, None)
+        allowed = self._held.book.admit(self._held.config.allowances, price, time.time())
+        lifetime = min(x for x in (spec.lifetime or LIFETIME, allowed, LONGEST) if x is not None)
+        limits = {"lifetime": lifetime, "idle_limit": spec.idle_limit or IDLE_LIMIT}
+        spec = spec.model_copy(update=limits)
+        lasts = hard_stop(price, lifetime, spec.limit(), LONGEST)
+        return spec, price, lasts, terms(price, lasts, spec.limit())
+
+    def _existing(self, notebook: str) -> Path:
+        config = self._held.config
+        roots = [config.project_dir, config.outputs_dir, *config.notebook_roots]
+        path = resolve_inside("notebook", notebook, config.project_dir, roots)
+        if not path.is_file():
+            known = [
+                str(p.relative_to(config.outputs_dir.parent))
+                for p in config.outputs_dir.glob("*/*.ipynb")
+            ]
+            raise NotFound("notebook", notebook, known)
+        return path
+
+    def _free_name(self, owner: str, name: str, stem: str) -> str:
+        taken = {s.name: s for s in self._held.live if s.owner == owner}
+        starting = {s.name for s in self.under_way() if s.owner == owner}
+        if name:
+            checked_name("name", name)
+            if name in taken:
+                raise Conflict(
+                    f"A sandbox named {show(name)} is running: {taken[name].handle}. Use that handle, choose another "
+                    f"name, or end it with stop_sandbox(sandbox={show(taken[name].handle)})."
+                )
+            if name in starting:
+                raise Conflict(
+                    f"A sandbox named {show(name)} is being started. Choose another name."
+                )
+            return name
+        kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in stem.lower())
+        stem = kept.strip("-")[:32] or "sandbox"
+        number = 1
+        while (found := stem if number == 1 else f"{stem}-{number}") in taken or found in starting:
+            number += 1
+        return found
+
+    async def _start(self, start: Starting, order: Order) -> Session:
+        try:
+            return await self._make(start, order)
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise SandboxStartFailed(f"{why_not(error)}{where}") from error
+
+    async def _make(self, start: Starting, order: Order) -> Session:
+        backend, spec, source, fork = order.backend, order.spec, order.source, order.fork
+        handle, name, owner = start.handle, start.name, start.owner
+        config = self._held.config
+        found = config.secrets.find(spec.secrets)
+        config.redactor.know(found.values)
+        if found.missing and not backend.has_secrets:
+            raise BadInput("secrets", list(found.missing), config.secrets.missing(found.missing))
+
+        def report(text: str) -> None:
+            start.say(config.redactor.text(text))
+
+        spec, price, lasts, start.terms = await self.price(spec)
+        report(start.terms)
+        seen = stamp(source) if source and not fork else None
+        cells, metadata = read_notebook(source, as_copy=fork) if source else ([], None)
+        path = source if source and not fork else self._new_folder(name)
+        state_dir = self._held.sandbox_dir(handle)
+        lock, notebook_lock = self._locked(state_dir, path, source)
+        fault_point("start.locked")
+        document = Notebook(path, cells, metadata, seen)
+        document.hold()  # a sandbox that does not start leaves the file as it was
+        document.forget_runs()
+        session = self._held.session(
+            handle, name, owner, spec.backend, document, state_dir, lock, start.began
+        )
+        session.notebook_lock = notebook_lock
+        session.secrets = spec.secrets
+        if price is not None:
+            now = time.time()
+            ends_by = None if lasts is None else now + lasts
+            session.meter = Meter(
+                self._held.book,
+                self._held.config.allowances,
+                handle,
+                owner,
+                price,
+                now,
+                ends_by,
+                spec.limit(),
+            )
+        place = Place(
+            handle,
+            state_dir,
+            self._held.runtime_dir(handle),
+            path.parent,
+            (path,),
+            order.packs,
+            owner,
+            found.values,
+        )
+        attached = False
+        try:
+            write_json(state_dir / "record.json", session.record())
+            if source and fork:
+                await asyncio.to_thread(document.copy_long_outputs, source)
+            spec = await self._with_models(spec, found.values, report)
+            if session.meter is not None:
+                session.meter.note()  # before the machine is asked for
+            sandbox = await backend.start(spec, place, report)
+            session.attach(backend, sandbox, 1)
+            attached = True
+            fault_point("start.attached")
+            write_json(state_dir / "record.json", session.record())
+            report("starting the kernel")
+            await session.kernel_ready(READY_SECONDS)
+            await session.status()
+            fault_point("start.ready")
+            document.metadata["seer"] = {"sandbox": handle, "backend": spec.backend}
+            session.note_cost()
+            document.unhold()
+            await session.save()
+        except BaseException as failure:
+            try:
+                if isinstance(failure, EndUnconfirmed):
+                    raise
+                if attached:
+                    await session.terminate("it did not start")
+            except EndUnconfirmed as unsure:
+                self._give_up(session, backend, unsure, path, source)
+                raise unsure from failure
+            self._cleared(session, path, source)
+            raise
+        self._held.sessions[handle] = session
+        self._held.note("started", session)
+        return session
+
+    def _locked(self, state_dir: Path, path: Path, source: Path | None) -> tuple[Lock, Lock]:
+        """The locks of the sandbox and of its notebook. Raises Conflict if the notebook is taken."""
+        lock, notebook_lock = Lock(state_dir / "lock"), None
+        try:
+            notebook_lock = self._held.lock_notebook(path)
+            if notebook_lock is None:
+                raise Conflict(
+                    f"The notebook {path} is open in another sandbox. Use that one (list_sandboxes), or open a copy "
+                    "with fork=true."
+                )
+            private_dir(state_dir)
+            lock.take()
+        except BaseException:
+            release(notebook_lock)
+            shutil.rmtree(state_dir, ignore_errors=True)
+            remove_if_empty(path, source)
+            raise
+        return lock, notebook_lock
+
+    async def _with_models(
+        self, spec: SandboxSpec, secrets: Mapping[str, str], report: Progress
+    ) -> SandboxSpec:
+        """Local sandboxes find their models on this disk: they are fetched now, and named in the environment."""
+        if spec.backend != "local" or not spec.models:
+            return spec
+        config = self._held.config
+        store = ModelStore(config.models_dir, spec.python or config.python, config.fetch_env)
+        told = await store.fetch_all(
+            spec.models, report, here=config.project_dir, token=secrets.get("HF_TOKEN", "")
+        )
+        return spec.model_copy(update={"env": {**spec.env, **store.environment(told)}})
+
+    def _cleared(self, session: Session, path: Path, source: Path | None) -> None:
+        """Nothing of a start that failed is left."""
+        if session.meter is not None:
+            session.meter.note(closed=True)
+        session.release()
+        shutil.rmtree(session.state_dir, ignore_errors=True)
+        shutil.rmtree(self._held.runtime_dir(session.handle), ignore_errors=True)
+        remove_if_empty(path, source)
+
+    def _give_up(
+        self,
+        session: Session,
+        backend: Backend,
+        unsure: EndUnconfirmed,
+        path: Path,
+        source: Path | None,
+    ) -> None:
+        """A failed start left what may run: its end is asked for until it is confirmed."""
+        self._held.ending[session.handle] = (session.owner, unsure)
+
+        async def insist() -> None:
+            pause = 1.0
+            while session.handle in self._held.ending:
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, INSIST_SECONDS)
+                try:
+                    await backend.clear(session.handle)
+                except EndUnconfirmed as error:
+                    self._held.ending[session.handle] = (session.owner, error)
+                else:
+                    del self._held.ending[session.handle]
+            self._cleared(session, path, source)
+
+        self._held.own(insist())
+
+    def _new_folder(self, name: str) -> Path:
+        """The path of a new notebook in a folder of its own; an older one is never touched."""
+        number = 1
+        while True:
+            stem = name if number == 1 else f"{name}-{number}"
+            folder = self._held.config.outputs_dir / stem
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                number += 1
+                continue
+            return folder / f"{stem}.ipynb"
+
+    def raise_if_not_there(self, handle: str, owner: str) -> None:
+        """Say of a sandbox of the caller's why it cannot be used, if it did not start (yet)."""
+        ending = self._held.ending.get(handle)
+        if ending is not None and ending[0] == owner:
+            raise ending[1]
+        start = self._held.starting.get(handle)
+        if start is not None and start.owner == owner:
+            if start.failed is not None:
+                raise SeerError(f"{start.failed}")
+            raise start.still()
+
+    def starts(self, owner: str) -> list[Starting]:
+        """The caller's that are being started, and those that failed to lately."""
+        late = time.time() - FAILURES_KEPT
+        for handle in [h for h, s in self._held.starting.items() if s.failed and s.began < late]:
+            del self._held.starting[handle]
+        return [s for s in self._held.starting.values() if s.owner == owner]
+
+    async def give_up(self, handle: str, owner: str) -> bool:
+        """End a start of the caller's that is under way; whether there was one."""
+        start = self._held.starting.get(handle)
+        if start is None or start.owner != owner or start.task is None or start.over.is_set():
+            return False
+        start.task.cancel()
+        await asyncio.wait([start.task])
+        if start.task.cancelled():
+            return True
+        if (failure := start.task.exception()) is not None:
+            raise failure
+        return False  # it was ready that very moment
+
+
+def remove_if_empty(path: Path, source: Path | None) -> None:
+    """Take the folder back that was made for a new notebook."""
+    if path == source:
+        return
+    path.unlink(missing_ok=True)
+    try:
+        path.parent.rmdir()
+    except OSError:
+        return  # the kernel left files there: they stay
