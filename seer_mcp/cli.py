@@ -18,6 +18,7 @@ from .errors import BadInput, SeerError
 from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
 from .model_store.command import add_models, run_models
+from .sandboxes import add_sandboxes, run_sandboxes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -140,6 +141,7 @@ def parser() -> argparse.ArgumentParser:
         "--only", metavar="CHECK", action="append", default=[], help="make only this check"
     )
     add_models(commands, common)
+    add_sandboxes(commands, common)
     commands.add_parser(
         "schema", help="print the JSON schema of investigation.toml, for editors that check it"
     )
@@ -201,7 +203,18 @@ async def run_doctor(config: Config, only: Sequence[str], fix: bool, as_json: bo
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    known = ("stdio", "serve", "demo", "doctor", "models", "schema", "--version", "--help", "-h")
+    known = (
+        "stdio",
+        "serve",
+        "demo",
+        "doctor",
+        "models",
+        "sandboxes",
+        "schema",
+        "--version",
+        "--help",
+        "-h",
+    )
     if not given or (given[0] not in known and given[0].startswith("-")):
         given.insert(0, "stdio")
     flags = parser().parse_args(given)
@@ -218,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arm_faults(config.fault)
         if flags.command == "models":
             return run_models(flags, config)
+        if flags.command == "sandboxes":
+            return asyncio.run(run_sandboxes(flags, config))
         if flags.command == "doctor":
             return asyncio.run(run_doctor(config, flags.only, flags.fix, flags.json))
         if flags.command == "serve":

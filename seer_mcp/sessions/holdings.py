@@ -46,6 +46,10 @@ class Holdings:
     def live(self) -> list[Session]:
         return [session for session in self.sessions.values() if session.ended is None]
 
+    def knows(self, handle: str) -> bool:
+        """Whether this server has it, starts it, or is about to be rid of it."""
+        return handle in self.sessions or handle in self.starting or handle in self.ending
+
     async def backend(self, name: str) -> Backend:
         if name not in self._backends:  # a cloud's client takes a second to import
             made = await asyncio.to_thread(open_backend, name, self.config)

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..backends import Progress
 from ..config import Config
 from ..environment import Investigation, SandboxSpec, read_investigation
-from ..errors import BadInput, Conflict, NotFound, show
+from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, show
 from ..files import private_dir, resolve_inside
 from ..ipynb import read_notebook
 from ..money import Price
@@ -29,8 +29,11 @@ from .holdings import Holdings
 from .session import Session
 from .starting import Starting
 from .starts import Starts
+from .sweep import sweep
 
 METER_SECONDS = 15.0  # between two looks at what was spent
+SWEEP_SECONDS = 60.0  # between two tries to ask what runs
+BILLED = "modal"  # the backend that costs money, and its folder under the state folder
 NOTED_SECONDS = 300.0  # and two notes of it
 
 
@@ -44,6 +47,8 @@ class Register:
         self._finds = Finds(self._held)
         self._first_scan: asyncio.Task[list[str]] | None = None
         self._metering: asyncio.Task[None] | None = None
+        self._sweeping: asyncio.Task[None] | None = None
+        self._swept: list[str] = []
 
     @property
     def observer(self) -> Observer:
@@ -67,11 +72,13 @@ class Register:
             self.observer.not_made(self.config.outputs_dir, error)
         self._first_scan = asyncio.create_task(self._finds.scan(), name="find sandboxes again")
         self._metering = asyncio.create_task(self._meter(), name="what sandboxes cost")
+        self._sweeping = asyncio.create_task(self._sweep(), name="sweep what is billed")
 
     async def close(self) -> None:
         """Let go of every sandbox, or end them, as configured."""
-        if self._metering is not None:
-            self._metering.cancel()
+        for task in (self._metering, self._sweeping):
+            if task is not None:
+                task.cancel()
         for start in self._starts.under_way():
             start.give_up()
         busy = {*self._held.work, *([self._first_scan] if self._first_scan else [])}
@@ -160,7 +167,7 @@ class Register:
         """The caller's sandboxes, the newest last; and notes on those that cannot be used."""
         notes = await self.all_found()
         notes += [str(unsure) for its, unsure in self._held.ending.values() if its == owner]
-        notes += self._spending()
+        notes += [*self._swept, *self._spending()]
         mine = [s for s in self._held.sessions.values() if s.owner == owner]
         return sorted(mine, key=lambda s: s.created), notes
 
@@ -169,6 +176,18 @@ class Register:
         if self._first_scan is not None:
             await asyncio.wait([self._first_scan])
         return await asyncio.shield(self._held.own(self._finds.scan()))
+
+    async def _sweep(self) -> None:
+        """End what is billed and in no record, once; a cloud that cannot be asked is asked again."""
+        await self.all_found()
+        while (self.config.state_dir / BILLED).is_dir():
+            try:
+                backend = await self._held.backend(BILLED)
+                self._swept = await sweep(backend, self.config.state_dir, self._held.knows)
+                return
+            except SandboxUnreachable as error:
+                self._swept = [str(error)]
+            await asyncio.sleep(SWEEP_SECONDS)
 
     async def settle(self, folder: Path) -> str | None:
         """Take over the one sandbox of `folder`, as a server would at its start; what hinders, or None."""
@@ -200,6 +219,20 @@ class Register:
                     self._held.own(self._held.stop_quietly(session, spent[0].says))
 
     # -- end ----------------------------------------------------------------------------------
+
+    async def end(self, folder: Path) -> tuple[int, str]:
+        """Take over the one sandbox of `folder` and end it: 0 if it has ended, and a sentence.
+
+        Raises EndUnconfirmed.
+        """
+        note = await self._finds.adopt(folder)
+        session = self._held.sessions.get(folder.name)
+        if session is None:
+            return 1, note or f"{folder.name}: there is no such sandbox"
+        if session.ended is not None:
+            return 0, f"{folder.name}: it had ended already ({session.ended})"
+        await session.terminate("stopped by `seer-mcp sandboxes stop`")
+        return 0, f"{folder.name}: ended; its notebook stays: {session.notebook.path}"
 
     async def stop(self, session: Session) -> None:
         if session.unconfirmed is not None:
