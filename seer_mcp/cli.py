@@ -130,6 +130,12 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--json", action="store_true", help="print the finding as one JSON object")
     demo.add_argument("--outputs", metavar="DIR", help="where the notebook is saved")
+    demo.add_argument(
+        "--backend",
+        choices=("local", "modal"),
+        default="local",
+        help="where its sandbox runs (modal is billed: about a cent, a dollar at most)",
+    )
     doctor = commands.add_parser(
         "doctor", parents=[common], help="check this machine and what earlier servers left"
     )
@@ -222,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.command == "demo":
             from .demo import run_demo
 
-            return asyncio.run(run_demo(as_json=flags.json, outputs=flags.outputs))
+            return asyncio.run(run_demo(flags.json, flags.outputs, flags.backend))
         if flags.command == "schema":
             print(json.dumps(schema(), indent=1))
             return 0

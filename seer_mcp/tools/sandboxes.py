@@ -12,7 +12,7 @@ from mcp.types import CallToolResult
 from pydantic import ValidationError
 
 from ..environment import SandboxSpec, parse_gpu
-from ..errors import BadInput, SandboxUnreachable, StillStarting, show
+from ..errors import BadInput, SandboxUnavailable, StillStarting, show
 from ..money import duration
 from ..notebook import UNFINISHED
 from ..render import Answer
@@ -34,6 +34,15 @@ def sandbox_meta(session: Session) -> dict[str, Any]:
     }
 
 
+def start_meta(start: Starting) -> dict[str, Any]:
+    return {
+        "handle": start.handle,
+        "backend": start.backend,
+        "report": start.report,
+        "failed": str(start.failed) if start.failed is not None else None,
+    }
+
+
 async def described(session: Session) -> str:
     """A sandbox in two lines: state, and where its notebook is."""
     cost = f"; {session.meter.so_far()}" if session.meter is not None else ""
@@ -45,7 +54,7 @@ async def described(session: Session) -> str:
         return f"{session.handle}: ended ({session.ended}){cost}\n    notebook {session.notebook.path}{notes(session)}"
     try:
         status = await session.status()
-    except SandboxUnreachable as error:
+    except SandboxUnavailable as error:  # it cannot be reached, or is being ended just now
         return f"{session.handle}: {error}{cost}\n    notebook {session.notebook.path}"
     running = [c.id for c in session.notebook.cells if c.state in UNFINISHED]
     kernel = status["kernel"] + (f" ({status['how']})" if status["how"] else "")
@@ -198,9 +207,11 @@ def tools(register: Register) -> list[Tool]:
         lines += [*map(described_start, starts), *problems]
         if not live and not under_way:
             lines.append(f"Next: {call('start_sandbox', name='my-question')}.")
-        return Answer(
-            "\n".join(lines), meta={"sandboxes": [sandbox_meta(s) for s in sessions]}
-        ).result()
+        meta = {
+            "sandboxes": [sandbox_meta(s) for s in sessions],
+            "starting": [start_meta(start) for start in starts],
+        }
+        return Answer("\n".join(lines), meta=meta).result()
 
     async def stop_sandbox(sandbox: str) -> CallToolResult:
         """End a sandbox: its kernel, variables and processes are gone, its notebook stays."""

@@ -1,0 +1,414 @@
+"""Rows M through the whole server: a client, tools, notebook and money, on a control plane of our own.
+
+What the backend alone does is in test_m_modal.py. The ledger of the control plane is the bill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seer_mcp.sessions import register as register_module
+from seer_mcp.sessions import session as session_module
+
+from ..modal_cloud.control import Controller
+from ..modal_cloud.fixtures import RunningCloud, available, client_environment, running_cloud
+from ..support import Lab, open_lab, read_cells, streams, text_of
+from .ground import Ground, raw_server, raw_start, raw_text
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif(not available(), reason="the control plane's machines need root"),
+]
+GPU = "T4"
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[RunningCloud]:
+    with running_cloud() as cloud, client_environment(cloud.environment):
+        yield cloud
+
+
+@pytest.fixture
+def control(running: RunningCloud) -> Iterator[Controller]:
+    yield running.control
+    running.control.clear()
+    assert running.control.errors() == []
+
+
+@pytest.fixture
+async def lab(
+    tmp_path: Path, control: Controller, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Lab]:
+    """A server whose calls wait 5 s at most; whatever its sandboxes cost has ended with the test."""
+    monkeypatch.setattr(register_module, "METER_SECONDS", 0.5)
+    async with open_lab(tmp_path, max_wait=5.0) as opened:
+        yield opened
+    control.forgive()
+    assert billing(control) == []
+
+
+def billing(control: Controller, *but: str) -> list[str]:
+    return [row["name"] for row in control.ledger() if row["running"] and row["name"] not in but]
+
+
+def live(lab: Lab, handle: str) -> Any:
+    return lab.client.server.register._held.sessions[handle]  # type: ignore[union-attr]
+
+
+def seer_mcp(lab_folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "seer_mcp.cli", *arguments, "--state", str(lab_folder / "state")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=lab_folder,
+    )
+
+
+async def ready(lab: Lab, handle: str, seconds: float = 40.0) -> dict[str, Any]:
+    """Wait for a start that goes on in the background, as a client would."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        result = await lab.call("list_sandboxes", wait=5)
+        for sandbox in result.meta["seer/sandboxes"]:
+            if sandbox["handle"] == handle:
+                return sandbox
+        assert handle in text_of(result)
+    raise AssertionError(f"{handle} was not ready in {seconds} s")
+
+
+async def says(lab: Lab, text: str, seconds: float = 20.0) -> str:
+    """What list_sandboxes says as soon as it holds `text`."""
+    end = time.monotonic() + seconds
+    while text not in (listed := await lab.ok("list_sandboxes")):
+        assert time.monotonic() < end, listed
+        await asyncio.sleep(0.1)
+    return listed
+
+
+async def test_m_one_word_makes_a_sandbox_at_modal_and_its_cost_is_always_told(
+    lab: Lab, control: Controller
+) -> None:
+    said = await lab.ok("start_sandbox", backend="modal", gpu=GPU, hours=2, estimate=True)
+    assert (
+        "≈ $" in said and "1 × T4" in said and "at most $" in said and "Nothing was started" in said
+    )
+    assert control.ledger() == []
+
+    started = await lab.call("start_sandbox", backend="modal", gpu=GPU, hours=2, budget_dollars=3)
+    assert not started.is_error, text_of(started)
+    assert "≈ $" in text_of(started) and "at most $2.5" in text_of(started)
+    handle = started.meta["seer/sandbox"]["handle"]
+    assert text_of(await lab.cell(handle, "print(6 * 7)")).strip().endswith("42")
+    listed = await lab.ok("list_sandboxes")
+    assert "so far" in listed and "ends in" in listed and "0% of its budget of $3.00" in listed
+
+    (row,) = [r for r in control.ledger() if r["name"] == handle]
+    assert row["gpu"] == GPU and set(row["tags"]) == {"seer-owner", "seer-instance", "seer-handle"}
+    path = await lab.notebook_path(handle)
+    stopped = await lab.ok("stop_sandbox", sandbox=handle)
+    assert "so far" in stopped and billing(control) == []
+    kept = json.loads(path.read_text())["metadata"]["seer"]
+    assert "so far" in kept["cost"] and "T4" in kept["price"] and kept["link"].startswith("http")
+    assert "42" in streams(read_cells(path)[0])
+
+
+async def test_m02_a_start_that_waits_answers_in_time_and_goes_on(
+    lab: Lab, control: Controller
+) -> None:
+    control.capacity(T4=0)
+    began = time.monotonic()
+    first = await lab.call("start_sandbox", backend="modal", gpu=GPU)
+    assert time.monotonic() - began < 20 and not first.is_error
+    handle = first.meta["seer/starting"]
+    said = text_of(first)
+    assert "still starting" in said and "waiting for 1 × T4" in said and "≈ $" in said
+    assert "still starting" in await lab.no("create_cell", sandbox=handle, source="1")
+    assert "waiting for 1 × T4" in await lab.ok("list_sandboxes", wait=0.1)
+    control.capacity(T4=1)
+    sandbox = await ready(lab, handle)
+    assert sandbox["kernel"] == "ready"
+    assert "2" in text_of(await lab.cell(handle, "1 + 1"))
+
+
+async def test_m02_a_start_that_waits_is_given_up_by_stop_sandbox(
+    lab: Lab, control: Controller
+) -> None:
+    control.capacity(T4=0)
+    first = await lab.call("start_sandbox", backend="modal", gpu=GPU)
+    handle = first.meta["seer/starting"]
+    assert "given up" in await lab.ok("stop_sandbox", sandbox=handle)
+    assert billing(control) == []
+    assert sum(row["seconds"] for row in control.ledger() if row["name"] == handle) < 10
+    assert "No sandbox" in await lab.no("stop_sandbox", sandbox=handle)
+
+
+async def test_m06_a_start_that_fails_in_the_background_says_why(
+    lab: Lab, control: Controller
+) -> None:
+    control.forget_images()
+    control.build_seconds(seconds=6)
+    control.fail_build(match="", log="E: no such package nonsense")
+    first = await lab.call("start_sandbox", backend="modal")
+    assert not first.is_error and "building the image" in text_of(first)
+    handle = first.meta["seer/starting"]
+    assert "no such package nonsense" in await says(lab, "image could not be built")
+    assert "image could not be built" in await lab.no("create_cell", sandbox=handle, source="1")
+    assert billing(control) == []
+    control.build_seconds(seconds=0)
+
+
+async def test_m03_without_a_token_one_sentence_says_what_to_do(
+    lab: Lab, control: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control.refuse(status="UNAUTHENTICATED")
+    began = time.monotonic()
+    said = await lab.no("start_sandbox", backend="modal")
+    assert time.monotonic() - began < 5 and "modal token" in said and "\n" not in said.strip()
+
+
+async def test_m08_an_unconfirmed_end_is_said_in_every_answer_until_it_is_sure(
+    lab: Lab, control: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seer_mcp.backends.modal import sandbox as modal_sandbox
+
+    monkeypatch.setattr(modal_sandbox, "END_SECONDS", 1.0)
+    monkeypatch.setattr(session_module, "INSIST_SECONDS", 1.0)
+    handle = await lab.start(backend="modal")
+    id = live(lab, handle).record()["sandbox"]["id"]
+    control.fault(rpc="SandboxTerminate*", status="PERMISSION_DENIED", times=0)
+    monkeypatch.setattr(modal_sandbox.ModalSandbox, "_ask_to_stop", nothing)  # the line is down too
+    said = await lab.no("stop_sandbox", sandbox=handle)
+    assert "STILL BILLING" in said and id in said
+    assert "STILL BILLING" in await lab.no("create_cell", sandbox=handle, source="1")
+    listed = await lab.ok("list_sandboxes")
+    assert "STILL BILLING" in listed and "so far" in listed
+    assert billing(control) == [handle]
+    control.forgive()
+    for _ in range(100):
+        if not billing(control):
+            break
+        await asyncio.sleep(0.1)
+    assert billing(control) == []
+    assert "STILL BILLING" not in await says(lab, f"{handle}: ended")
+
+
+async def nothing(self: Any) -> None:
+    return
+
+
+async def test_m14_a_budget_is_told_and_then_ends_its_sandbox(
+    lab: Lab, control: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = await lab.start(backend="modal", gpu=GPU, budget_dollars=1)
+    meter = live(lab, handle).meter
+    meter.began -= 0.9 / meter.price.per_second  # as if it had run for so long
+    said = text_of(await lab.cell(handle, "1 + 1"))
+    assert "BUDGET: 9" in said and "at 100% it is stopped" in said
+    meter.began -= 0.2 / meter.price.per_second
+    for _ in range(200):
+        if not billing(control):
+            break
+        await asyncio.sleep(0.1)
+    assert billing(control) == []
+    listed = await says(lab, f"{handle}: ended")
+    assert "ended (the budget of this sandbox is used up" in listed
+
+
+async def test_m14_what_all_sandboxes_may_cost_refuses_the_next(
+    tmp_path: Path, control: Controller
+) -> None:
+    from seer_mcp.money import parse_allowance
+
+    allowances = (parse_allowance("$1 a day"),)
+    async with open_lab(tmp_path, max_wait=5.0, allowances=allowances) as lab:
+        handle = await lab.start(backend="modal", gpu=GPU)
+        meter = live(lab, handle).meter
+        meter.began -= 0.99 / meter.price.per_second
+        meter.note()
+        said = await lab.no("start_sandbox", backend="modal", gpu=GPU)
+        assert "budget of all sandboxes of this day" in said and "$1.00" in said
+        assert "BUDGET: 99%" in await lab.ok("list_sandboxes")
+        assert billing(control) == [handle]
+        local = await lab.start()  # what costs nothing can be started
+        assert "2" in text_of(await lab.cell(local, "1 + 1"))
+    assert billing(control) == []
+
+
+async def test_m_the_end_is_told_before_it_comes_and_can_be_moved(
+    lab: Lab, control: Controller
+) -> None:
+    handle = await lab.start(backend="modal", hours=0.1)
+    said = text_of(await lab.cell(handle, "1 + 1"))
+    assert "ENDS SOON" in said and "extend_sandbox" in said
+    moved = await lab.ok("extend_sandbox", sandbox=handle, minutes=40)
+    assert "ends in 40 min" in moved
+    assert "ENDS SOON" not in text_of(await lab.cell(handle, "1 + 1"))
+    far = await lab.ok("extend_sandbox", sandbox=handle, minutes=10_000)
+    assert "as far as its time limit or budget allows" in far
+
+
+async def test_m_files_of_a_snapshot_are_there_again_and_variables_are_said_not_to_be(
+    lab: Lab, control: Controller
+) -> None:
+    handle = await lab.start(backend="modal")
+    await lab.cell(handle, "x = 41; open('kept.txt', 'w').write('kept')")
+    said = await lab.call("snapshot_sandbox", sandbox=handle)
+    assert not said.is_error, text_of(said)
+    assert "does not hold the kernel's memory" in text_of(said)
+    await lab.ok("stop_sandbox", sandbox=handle)
+    again = await lab.call(
+        "start_sandbox", backend="modal", from_snapshot=said.meta["seer/snapshot"]
+    )
+    assert not again.is_error and "variables are gone" in text_of(again)
+    second = again.meta["seer/sandbox"]["handle"]
+    answer = text_of(await lab.cell(second, "print(open('kept.txt').read(), 'x' in globals())"))
+    assert "kept False" in answer
+    local = await lab.start()
+    assert "no snapshots" in await lab.no("snapshot_sandbox", sandbox=local)
+
+
+async def test_m05_a_server_killed_in_mid_cell_is_followed_by_the_next_one(
+    place: Ground, running: RunningCloud, control: Controller
+) -> None:
+    env = dict(running.environment)
+    with raw_server(place, "--on-exit", "keep", env=env) as server:
+        handle = raw_start(server, backend="modal")
+        loop = "import time\nfor i in range(400):\n    print('line', i)\n    time.sleep(0.01)"
+        begun = server.call("create_cell", sandbox=handle, source=loop, wait=0.5)
+        cell = begun["_meta"]["seer/run"]["cell"]
+        server.process.send_signal(signal.SIGKILL)
+        server.process.wait()
+    assert billing(control) == [handle]
+    with raw_server(place, "--on-exit", "stop", env=env) as server:
+        state = "running"
+        end = time.monotonic() + 60
+        while state == "running" and time.monotonic() < end:
+            answer = server.call("read_outputs", sandbox=handle, cell=cell)
+            state = answer["_meta"]["seer/run"]["state"]
+        assert state == "complete"
+        listed = raw_text(server.call("list_sandboxes"))
+        assert "so far" in listed and f"{handle}: modal" in listed
+        assert not server.call("stop_sandbox", sandbox=handle).get("isError")
+    (path,) = place.project.glob("outputs/*/*.ipynb")
+    assert streams(read_cells(path)[0]).split("\n") == [*(f"line {i}" for i in range(400)), ""]
+    assert billing(control) == []
+
+
+async def test_m05_what_no_record_knows_of_is_swept_and_what_is_another_servers_is_not(
+    tmp_path: Path, control: Controller
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    async with open_lab(there) as other, open_lab(here, on_exit="keep") as lab:
+        foreign = await other.start(backend="modal", name="foreign")
+        lost = await lab.start(backend="modal", name="lost")
+        used = await lab.start(backend="modal", name="used")
+        session = live(lab, lost)
+        await session.let_go()
+        session.ended = "its record is lost"
+        for file in session.state_dir.iterdir():
+            file.unlink()
+        session.state_dir.rmdir()
+        listed = seer_mcp(here, "sandboxes", "list", "--json")
+        told = {s["handle"]: s for s in json.loads(listed.stdout)["sandboxes"]}
+        assert told[used]["state"] == "runs" and told[used]["server"] and lost not in told
+
+        swept = seer_mcp(here, "sandboxes", "sweep")
+        assert swept.returncode == 0, swept.stdout + swept.stderr
+        assert f"{lost} ran although no record knew of it" in swept.stdout
+        assert sorted(billing(control)) == sorted([foreign, used])
+        assert "2" in text_of(await lab.cell(used, "1 + 1"))
+        assert "2" in text_of(await other.cell(foreign, "1 + 1"))
+
+        stopped = seer_mcp(here, "sandboxes", "stop", used)
+        assert stopped.returncode == 0 and "ended" in stopped.stdout
+        assert billing(control) == [foreign]
+        await says(lab, f"{used}: ended")
+    assert billing(control) == []
+
+
+async def test_m05_a_server_that_starts_ends_what_is_billed_and_in_no_record(
+    tmp_path: Path, control: Controller
+) -> None:
+    async with open_lab(tmp_path, on_exit="keep") as lab:
+        lost = await lab.start(backend="modal", name="lost")
+        folder = live(lab, lost).state_dir
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    assert billing(control) == [lost]
+    async with open_lab(tmp_path) as lab:
+        for _ in range(100):
+            if not billing(control):
+                break
+            await asyncio.sleep(0.1)
+        assert billing(control) == []
+        await says(lab, f"{lost} ran although no record knew of it")
+
+
+async def test_m_stop_all_ends_what_no_server_holds(tmp_path: Path, control: Controller) -> None:
+    async with open_lab(tmp_path, on_exit="keep") as lab:
+        handles = [await lab.start(backend="modal"), await lab.start()]
+        path = await lab.notebook_path(handles[0])
+        await lab.cell(handles[0], "print('before')")
+    assert billing(control) == [handles[0]]
+    done = seer_mcp(tmp_path, "sandboxes", "stop", "--all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"{handle}: ended" in done.stdout for handle in handles)
+    assert billing(control) == []
+    assert json.loads(path.read_text())["metadata"]["seer"]["ended"]
+    listed = json.loads(seer_mcp(tmp_path, "sandboxes", "list", "--json").stdout)["sandboxes"]
+    assert [one["state"] for one in listed] == ["ended", "ended"]
+    assert listed[0]["dollars"] > 0 or listed[1]["dollars"] > 0
+
+
+async def test_m_an_investigation_says_what_its_sandbox_is(lab: Lab, control: Controller) -> None:
+    folder = lab.folder / "project" / "puzzle"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("look at layer 3")
+    (folder / "investigation.toml").write_text(
+        '[sandbox]\nbackend = "modal"\ngpu = "L4"\nbudget = "$2"\nfiles = {"notes.txt" = "notes.txt"}\n'
+    )
+    said = await lab.ok("start_sandbox", investigation="puzzle", estimate=True)
+    assert "1 × L4" in said
+    started = await lab.call("start_sandbox", investigation="puzzle", gpu=GPU)
+    assert not started.is_error, text_of(started)
+    handle = started.meta["seer/sandbox"]["handle"]
+    assert handle.startswith("puzzle-") and "$2.00" in text_of(started)
+    assert "look at layer 3" in text_of(await lab.cell(handle, "print(open('notes.txt').read())"))
+    (row,) = [r for r in control.ledger() if r["name"] == handle]
+    assert row["gpu"] == GPU  # what is asked for goes over what the file says
+
+
+@pytest.mark.slow
+async def test_m_the_demo_runs_at_modal(
+    tmp_path: Path, running: RunningCloud, control: Controller
+) -> None:
+    done = await asyncio.to_thread(
+        lambda: subprocess.run(
+            [sys.executable, "-m", "seer_mcp.cli", "demo", "--backend", "modal", "--json"],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            cwd=tmp_path,
+            env={**os.environ, **running.environment, "SEER_MCP_STATE": str(tmp_path / "state")},
+        )
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["secret_recovered"] and report["control_clear"]
+    assert billing(control) == []
+    assert any(row["seconds"] > 1 for row in control.ledger())
