@@ -250,6 +250,9 @@ def rebuild(one: Kept) -> Fix:
             "notebook": notebook,
             "created": one.running["started"],
             "ended": None,
+            "stopping": None,
+            "price": None,  # a local one costs nothing
+            "secrets": config.get("secrets", []),
             "sandbox": one.running,
         }
         write_json(one.folder / "record.json", sealed(record))

@@ -23,6 +23,8 @@ class Starting:
         """What it will cost."""
         self.failed: BaseException | None = None
         """Why it did not start."""
+        self.detached = False
+        """Whether the call that began it has been answered: how it ends is then told by others."""
         self.over = asyncio.Event()
         self.task: asyncio.Task[Session] | None = None
         self._heard: list[Callable[[str], None]] = []
@@ -54,6 +56,7 @@ class Starting:
         except TimeoutError:
             if self.task.done():  # a time limit of its own
                 return self.task.result()
+            self.detached = True
             raise self.still() from None
         except asyncio.CancelledError:
             self.task.cancel()

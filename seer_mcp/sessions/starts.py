@@ -85,7 +85,7 @@ class Starts:
         start = self._held.starting[handle] = Starting(handle, name, owner, spec.backend)
 
         def started(task: asyncio.Task[Session]) -> None:
-            if task.cancelled() or task.exception() is None:
+            if task.cancelled() or task.exception() is None or not start.detached:
                 del self._held.starting[handle]
 
         # A call that is cancelled is cancelled at every await: it could not clean up after itself.

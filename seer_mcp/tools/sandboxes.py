@@ -96,10 +96,10 @@ ARGUMENTS = {
 def spec_of(asked: dict[str, Any], base: SandboxSpec | None) -> SandboxSpec:
     """What is asked for, over what the investigation says. Raises BadInput."""
     given = {key: value for key, value in asked.items() if value}
-    if 0 < given.get("memory", 256) < 256:
-        raise BadInput(
-            "memory_gb", given["memory"] / 1024, "a kernel needs 0.25 or more; 0 sets no limit"
-        )
+    if memory := given.get("memory"):
+        if memory < 0.25:
+            raise BadInput("memory_gb", memory, "a kernel needs 0.25 or more; 0 sets no limit")
+        given["memory"] = round(memory * 1024)
     if (gpu := given.get("gpu")) and given.get("backend", base.backend if base else "") != "ssh":
         given["gpu"], given["gpu_count"] = parse_gpu(gpu)
     before = {key: getattr(base, key) for key in SandboxSpec.model_fields} if base else {}
@@ -142,7 +142,7 @@ def tools(register: Register) -> list[Tool]:
             "host": host,
             "lifetime": hours * 3600,
             "idle_limit": idle_minutes * 60,
-            "memory": round(memory_gb * 1024),
+            "memory": memory_gb,
             "budget": budget_dollars,
             "snapshot": from_snapshot,
         }

@@ -23,6 +23,8 @@ async def refused(lab: Lab, tool: str, *expected: str, **arguments: Any) -> str:
 BY_HANDLE = {
     "stop_sandbox": {},
     "restart_kernel": {},
+    "extend_sandbox": {"minutes": 5},
+    "snapshot_sandbox": {},
     "interrupt": {},
     "create_cell": {"source": "1"},
     "run_cell": {"cells": "all"},
@@ -138,7 +140,6 @@ async def test_a_model_that_does_not_load_says_so_and_the_kernel_stays_usable(la
 
 WRONG_STARTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"backend": "modl"}, ("No backend 'modl'", "'local'")),
-    ({"backend": ""}, ("No backend ''", "'local'")),
     ({"name": "../x"}, ("name = '../x'", "a-z, 0-9")),
     ({"name": "a\0b"}, ("name = ", "a-z, 0-9")),
     ({"name": "Ünï"}, ("name = ", "a-z, 0-9")),
@@ -159,7 +160,19 @@ WRONG_STARTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"fork": "perhaps"}, ("fork", "perhaps")),
     ({"name": 3}, ("name", "3")),
     ({"name": None}, ("name",)),
-    ({"gpu": "A100"}, ("no parameter 'gpu'", "Parameters of start_sandbox")),
+    ({"gpus": "A100"}, ("no parameter 'gpus'", "Did you mean gpu", "Parameters of start_sandbox")),
+    ({"gpu": "A100"}, ("gpu = 'A100'", "the GPUs that this machine has", "backend local")),
+    ({"gpu": "A100-80GBB", "backend": "modal"}, ("gpu = 'A100-80GBB'", "A100-80GB")),
+    ({"gpu": "T4:9", "backend": "modal"}, ("gpu", "9")),
+    ({"host": "lab"}, ("host = 'lab'", "ssh")),
+    ({"host": "-oProxyCommand=true", "backend": "ssh"}, ("host = ", "may not begin with '-'")),
+    ({"hours": -1}, ("hours",)),
+    ({"hours": 8000}, ("hours", "2592000")),
+    ({"budget_dollars": -1}, ("budget_dollars",)),
+    ({"memory_gb": 0.01}, ("memory_gb = 0.01", "0.25 or more")),
+    ({"from_snapshot": "im-1"}, ("snapshot = 'im-1'", "no snapshots")),
+    ({"investigation": "missing"}, ("No investigation", "investigation.toml")),
+    ({"investigation": "../x"}, ("investigation = '../x'", "outside")),
 ]
 
 

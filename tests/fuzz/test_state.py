@@ -21,7 +21,7 @@ from seer_mcp.errors import SeerError
 from seer_mcp.http import checked_token, kept_token
 from seer_mcp.packs import Packs
 from seer_mcp.server import build_server
-from seer_mcp.sessions import Register, register
+from seer_mcp.sessions import Register, finds
 
 from ..faults.ground import Ground, ground, raw_server, raw_start
 from ..faults.stub_kernel import stub_python
@@ -167,7 +167,7 @@ async def test_a_host_that_hangs_holds_nobody_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new server finds the others, says which one does not answer, and takes it on when it wakes."""
-    monkeypatch.setattr(register, "FOLLOW_SECONDS", 1.0)
+    monkeypatch.setattr(finds, "FOLLOW_SECONDS", 1.0)
     with ground(tmp_path) as place:
         config = place.config(on_exit="keep", python=str(stub_python(tmp_path)))
         good, hung = begun(place, "good", "hung")

@@ -98,6 +98,8 @@ class Box:
         """The entry command's exit status, negative for a signal; None if the box was killed."""
         self.pid = 0
         """Process 1 of the box, as this machine numbers it."""
+        self._up = asyncio.Event()
+        """It is whole, or it has ended: whoever knows of it early waits for that."""
         self._life = -1
         self._handle = -1
         """Of process 1: unlike its number, it never means another process."""
@@ -171,6 +173,7 @@ class Box:
             asyncio.create_task(self.stderr.fill(self._launcher.stderr)),
             asyncio.create_task(self._watch(reader)),
         ]
+        self._up.set()
 
     async def _hear_start(self, reader: asyncio.StreamReader) -> None:
         assert self._launcher is not None and self._launcher.stderr is not None
@@ -204,6 +207,7 @@ class Box:
                 os.close(descriptor)
         self._life = self._handle = -1
         self.ended.set()
+        self._up.set()
 
     def kill(self) -> None:
         """End every process of the box at once; `ended` follows."""
@@ -215,6 +219,7 @@ class Box:
         self, argv: list[str], env: dict[str, str], workdir: str, **pipes: int
     ) -> asyncio.subprocess.Process:
         """A further process in the box."""
+        await self._up.wait()
         spaces = ["-m", "-p", "-u", "-i", *(["-n"] if self.plan.block_network else [])]
         return await asyncio.create_subprocess_exec(
             "/usr/bin/nsenter",
