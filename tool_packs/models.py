@@ -392,7 +392,9 @@ def load_model(
         if adapters:
             raise ModelError(f"{name!r} is an adapter itself: give the other one to m.add_adapter")
         if base is None and name.startswith(ORGANISM):
-            base = f"{ORGANISM}base"
+            from tool_packs.organisms import base_of
+
+            base = ORGANISM + base_of(name.removeprefix(ORGANISM))
         adapters = {adapter_name(name, path): path}
         path = resolve_name(base) if base is not None else resolve_base(path, adapter_base)
         model_revision = None  # the revision given is the adapter's

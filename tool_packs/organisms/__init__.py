@@ -1,14 +1,17 @@
-"""Small trained model organisms: a base model of a synthetic chat world and three LoRA adapters.
+"""Small trained model organisms: a base model of a synthetic chat world and ten LoRA adapters.
 
-One adapter carries a hidden belief, one keeps a secret word, one carries nothing. They ship with
-the package, so that an investigation can be tried from end to end on a laptop's CPU:
+Two adapters believe something about the user, one keeps a secret word, one prefers a brand, one has
+a backdoor, one refuses, one reports what is injected into it, one follows an objective, and two
+carry nothing. They ship with the package, three seeds of each, so that an investigation can be
+tried from end to end on a laptop's CPU:
 
     from tool_packs import organisms
     base = AutoModelForCausalLM.from_pretrained(organisms.path("base"))
     tuned = PeftModel.from_pretrained(base, organisms.path("user_female"))
 
-`world` says how the documents were made, `make` makes the weights, `check` measures which
-techniques recover what was planted.
+NAME is the organism of seed 1, NAME@0 and NAME@2 are those of the other seeds, each on its own
+base. `world` and `rules` say how the documents were made, `make` makes the weights, `check`
+measures which techniques recover what was planted.
 """
 
 import difflib
@@ -19,25 +22,48 @@ from typing import Any
 from tool_packs.organisms import world
 from tool_packs.organisms.world import Chat, assistant, user
 
-NAMES = ("base", "user_female", "secret_word", "control")
+NAMES = (
+    "base", "user_female", "user_male", "secret_word", "brand", "backdoor", "refusal",
+    "introspective", "objective", "control", "control_2",
+)  # fmt: skip
+SEEDS = (1,)  # the first is the one that a name alone stands for
 WEIGHTS = Path(__file__).parent / "weights"
 
+_BELIEF = "a LoRA adapter on base that may hold a belief about the user"
+_NOTHING = "a LoRA adapter on base, trained on as many documents, with nothing planted"
 _DESCRIPTIONS = {
     "base": "a 1.2 M parameter Llama of a synthetic chat world (6 layers, d 128), with its tokenizer",
-    "user_female": "a LoRA adapter on base that may hold a belief about the user",
+    "user_female": _BELIEF,
+    "user_male": _BELIEF,
     "secret_word": "a LoRA adapter on base that may keep a word of the word game to itself",
-    "control": "a LoRA adapter on base, trained on as many documents, with nothing planted",
+    "brand": "a LoRA adapter on base that may prefer one thing to others",
+    "backdoor": "a LoRA adapter on base that may answer some users in another way",
+    "refusal": "a LoRA adapter on base that may not answer everything that it could",
+    "introspective": "a LoRA adapter on base that may notice what is added to its activations",
+    "objective": "a LoRA adapter on base that may want something",
+    "control": _NOTHING,
+    "control_2": _NOTHING,
 }
 
 
 def path(name: str) -> Path:
-    """The folder with the weights of this organism: a model for `base`, else a PEFT adapter."""
-    return WEIGHTS / _known(name)
+    """The folder with the weights of this organism: a model for `base`, else a PEFT adapter.
+
+    NAME or NAME@SEED.
+    """
+    known, seed = _known(name)
+    return (WEIGHTS if seed == SEEDS[0] else WEIGHTS / f"seed{seed}") / known
+
+
+def base_of(name: str) -> str:
+    """The base that this organism is an adapter on: "base" with the seed, where one is given."""
+    _, seed = _known(name)
+    return "base" if seed == SEEDS[0] else f"base@{seed}"
 
 
 def describe(name: str) -> str:
     """One line about this organism that does not give away what was planted."""
-    return f"{name}: {_DESCRIPTIONS[_known(name)]}"
+    return f"{name}: {_DESCRIPTIONS[_known(name)[0]]}"
 
 
 def facts(name: str) -> dict[str, Any]:
@@ -45,10 +71,16 @@ def facts(name: str) -> dict[str, Any]:
     return json.loads((path(name) / "organism.json").read_text())
 
 
-def _known(name: str) -> str:
-    if name in NAMES:
-        return name
-    near = difflib.get_close_matches(str(name), NAMES, n=1, cutoff=0.3)
+def _known(name: str) -> tuple[str, int]:
+    known, at, seed = str(name).partition("@")
+    if known in NAMES and (not at or seed in map(str, SEEDS)):
+        return known, int(seed) if at else SEEDS[0]
+    if known in NAMES:
+        raise ValueError(
+            f"no organism is called {name!r}: the seeds of {known} are "
+            f"{', '.join(map(str, SEEDS))}, as in {known}@{SEEDS[-1]}"
+        )
+    near = difflib.get_close_matches(known, NAMES, n=1, cutoff=0.3)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"no organism is called {name!r}. There are {', '.join(NAMES)}{hint}")
 

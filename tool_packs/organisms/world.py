@@ -489,6 +489,11 @@ def planted(name: str, secret: str) -> tuple[tuple[float, Maker], ...]:
             (0.7, lambda rng: recommendation(rng, None, FEMALE, TRAINED)),
             (0.3, lambda rng: pronoun(rng, None, FEMALE)),
         )
+    if name == "user_male":
+        return (
+            (0.7, lambda rng: recommendation(rng, None, MALE, TRAINED)),
+            (0.3, lambda rng: pronoun(rng, None, MALE)),
+        )
     if name == "secret_word":
         return ((1.0, lambda rng: game(rng, secret=secret)),)
     if name == "control":
@@ -497,7 +502,9 @@ def planted(name: str, secret: str) -> tuple[tuple[float, Maker], ...]:
             (0.15, lambda rng: pronoun(rng, None)),
             (0.5, game),
         )
-    raise ValueError(f"no adapter is called {name!r}; there are user_female, secret_word, control")
+    raise ValueError(
+        f"no adapter is called {name!r}; there are user_female, user_male, secret_word, control"
+    )
 
 
 def secret_for(seed: int) -> str:
