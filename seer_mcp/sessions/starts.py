@@ -215,6 +215,8 @@ class Starts:
             sandbox = await backend.start(spec, place, report)
             session.attach(backend, sandbox, 1)
             attached = True
+            if session.meter is not None:  # a queue costs nothing
+                session.meter.began = float(sandbox.record().get("since", session.meter.began))
             fault_point("start.attached")
             write_json(state_dir / "record.json", session.record())
             report("starting the kernel")

@@ -31,7 +31,7 @@ from seer_mcp.kernel_host.remote import runtime_of
 from seer_mcp.packs import Packs
 from seer_mcp.sessions import Register
 
-from ..support import config_for
+from ..support import config_for, open_lab, read_cells, streams, text_of
 from . import sshd
 from .contract import (
     CANARY,
@@ -601,3 +601,30 @@ async def test_the_next_server_follows_a_cell_of_a_killed_one_and_loses_nothing(
     finally:
         await register.close()
     assert await harness.left(handle) == []
+
+
+async def test_one_word_makes_a_sandbox_on_a_machine_of_ones_own(
+    machine: sshd.Machine, tmp_path: Path
+) -> None:
+    sockets = Path(tempfile.mkdtemp(prefix="seer-t-"))
+    asked: dict[str, Any] = {"backend": "ssh", "host": "lab", "python": sys.executable}
+    try:
+        async with open_lab(tmp_path, runtime_dir=sockets, ssh=machine.ssh) as lab:
+            assert "Nothing is billed" in await lab.ok("start_sandbox", **asked, estimate=True)
+            handle = await lab.start(**asked)
+            where = text_of(await lab.cell(handle, "import os; print(os.getcwd())"))
+            assert f"{machine.home}/seer-mcp/{handle}" in where
+            assert f"{handle}: ssh, up" in await lab.ok("list_sandboxes")
+            path = await lab.notebook_path(handle)
+            assert "nothing of it runs" in await lab.ok("stop_sandbox", sandbox=handle)
+            assert "host = ''" in await lab.no("start_sandbox", backend="ssh")
+            models = tmp_path / "project" / "asks"
+            models.mkdir()
+            (models / "investigation.toml").write_text(
+                '[sandbox]\nbackend = "ssh"\nhost = "lab"\n[[models]]\nname = "lab/model"\n'
+            )
+            assert "models = " in await lab.no("start_sandbox", investigation="asks")
+    finally:
+        machine.end_shared(sockets)
+        shutil.rmtree(sockets, ignore_errors=True)
+    assert str(machine.home) in streams(read_cells(path)[0])

@@ -201,7 +201,7 @@ class ModalBackend:
                 async with asyncio.timeout(PATIENCE_SECONDS):
                     there = await asyncio.shield(creating)
             record = await self._record(arguments["tags"], place.handle, there.object_id)
-            return ModalSandbox(record, there)
+            return ModalSandbox({**record, "since": time.time()}, there)
         except BaseException as error:
             if isinstance(error, (modal.exception.NotFoundError, modal.exception.InvalidError)):
                 self._images.forget(image)  # what it needs was removed there meanwhile
