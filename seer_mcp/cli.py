@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import __version__
+from .cloud_models import run_cloud_models
 from .config import Config, from_environment
 from .environment import schema
 from .errors import BadInput, SeerError
@@ -235,6 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = config_of(flags)
         log_to_stderr(flags.log_level, config.redactor)
         arm_faults(config.fault)
+        if flags.command == "models" and getattr(flags, "backend", "local") == "modal":
+            return asyncio.run(run_cloud_models(flags, config))
         if flags.command == "models":
             return run_models(flags, config)
         if flags.command == "sandboxes":

@@ -42,6 +42,13 @@ def add_models(commands: Any, common: argparse.ArgumentParser) -> None:
             "model", metavar="NAME", help="owner/name on the hub, or owner/name@revision"
         )
         verb.add_argument("--revision", metavar="REF", default="", help="a branch, tag or commit")
+    for verb in (listed, fetch, remove):
+        verb.add_argument(
+            "--backend",
+            choices=("local", "modal"),
+            default="local",
+            help="where: this machine, or volumes at Modal (default: local)",
+        )
     for verb in (listed, fetch):
         verb.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,3 +122,39 @@ async def test_a_folder_of_this_side_is_refused(bench: Bench, control: Controlle
     spec = ModelSpec(name="./weights")
     await refused(start(bench, [], spec), BadInput, "./weights", "files")
     assert control.ledger() == []
+
+
+def models(bench: Bench, hub: Hub, *words: str) -> subprocess.CompletedProcess[str]:
+    folder = bench.harness.folder
+    return subprocess.run(
+        [sys.executable, "-m", "seer_mcp.cli", "models", *words, "--backend", "modal"],
+        env={
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": TOKEN,
+            "SEER_MCP_STATE": f"{folder}/s",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+async def test_the_command_line_fetches_lists_and_removes_them(
+    bench: Bench, control: Controller, hub: Hub
+) -> None:
+    hub.add_folder("lab/base", BASE)
+    hub.accounts[TOKEN] = set()
+    done = await asyncio.to_thread(models, bench, hub, "fetch", "lab/base")
+    assert done.returncode == 0 and "lab/base" in done.stdout, done.stderr
+    assert [row["running"] for row in fetched(control)] == [False]
+    listed = json.loads((await asyncio.to_thread(models, bench, hub, "list", "--json")).stdout)
+    (volume,) = listed["volumes"]
+    assert volume.startswith("seer-model-") and listed["volumes"][volume]["name"] == "lab/base"
+    assert "at Modal: 1" in (await asyncio.to_thread(models, bench, hub, "list")).stdout
+    done = await asyncio.to_thread(models, bench, hub, "remove", "lab/base")
+    assert done.returncode == 0 and volume in done.stdout
+    done = await asyncio.to_thread(models, bench, hub, "remove", "lab/base")
+    assert done.returncode == 2 and "No model at Modal" in done.stderr
+    done = await asyncio.to_thread(models, bench, hub, "fetch", "lab/nothing")
+    assert done.returncode == 2 and "lab/nothing" in done.stderr and "hf_" not in done.stderr

@@ -49,7 +49,7 @@ from .account import (
 )
 from .image import FILES, Images
 from .journals import KEEP, Journals, kept_as
-from .models import Models
+from .models import OF_MODELS, Models
 from .sandbox import ENV, PYTHON, THERE, ModalSandbox
 
 DIGEST = "sha."
@@ -83,7 +83,7 @@ class ModalBackend:
         self._account = Account(client)
         self._images = Images(config.state_dir / "modal")
         self._journals = Journals(self._instance)
-        self._models = Models(config, self._account, self._images)
+        self.models = Models(config, self._account, self._images)
 
     # -- start ----------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ class ModalBackend:
             app = await self._account.app()
             secrets = await self._secrets(spec, place)
             tags = self._tags(place.owner, place.handle)
-            volumes, told = await self._models.ready(spec.models, tags, app, report)
+            volumes, told = await self.models.ready(spec.models, tags, app, report)
             spec = spec.model_copy(update={"env": {**spec.env, **told}})
             report("looking for the image")
             image, name = await self._images.ready(spec, place, app, report)
@@ -359,6 +359,8 @@ class ModalBackend:
             ):
                 with suppress(modal.exception.NotFoundError):  # it ended meanwhile
                     has = await there.get_tags.aio()
+                    if has.get(HANDLE, "").startswith(OF_MODELS):
+                        continue  # it fetches a model for whoever needs it, and ends itself
                     found.append(await self._record(has, has.get(HANDLE, ""), there.object_id))
         except modal.exception.NotFoundError:
             return []  # nothing was ever started

@@ -16,7 +16,7 @@ import modal.exception
 
 from ...config import Config
 from ...environment import ModelSpec
-from ...errors import BadInput, ModelUnavailable
+from ...errors import BadInput, Conflict, ModelUnavailable
 from ...model_store import (
     MODELS_VARIABLE,
     FetchProgress,
@@ -41,6 +41,7 @@ VOLUME = "/model"  # where the machine that fetches has the volume
 FETCHER = "/seer/fetch"
 FETCH_SECONDS = 6 * 3600
 CORES, MEBIBYTES = 2.0, 4096
+OF_MODELS = "seer-model-"  # what volumes of models, and machines that fetch them, are called
 FETCHING = ("HF_TOKEN", "HF_ENDPOINT")  # of the server's environment, for that machine
 
 
@@ -49,6 +50,7 @@ class Models:
         self._account = account
         self._here = config.project_dir
         self._env = {"HF_HUB_DISABLE_TELEMETRY": "1"}
+        self._env |= config.secrets.at_hand(["HF_TOKEN"])
         self._env |= {name: value for name, value in config.fetch_env.items() if name in FETCHING}
         self._images = images
 
@@ -79,6 +81,33 @@ class Models:
                     waiting.append(base)
         told = kernel_map(found)
         return volumes, {MODELS_VARIABLE: json.dumps(told)} if told else {}
+
+    async def kept(self) -> dict[str, Manifest | None]:
+        """Volumes of models, by name: what is in each; None for one whose fetch did not end."""
+        client = await self._account.client()
+        volumes = await modal.Volume.objects.list.aio(client=client)
+        ours = {v.name: v for v in volumes if v.name and v.name.startswith(OF_MODELS)}
+        manifests = await asyncio.gather(*map(manifest_of, ours.values()))
+        return dict(zip(ours, manifests, strict=True))
+
+    async def fetch(self, model: HubModel, report: Progress) -> Manifest:
+        """The model on its volume, complete. Raises ModelUnavailable, or modal's errors."""
+        app = await self._account.app()
+        _, manifest = await self._model(model, "", {}, app, report)
+        return manifest
+
+    async def remove(self, model: HubModel) -> bool:
+        """Delete its volume; whether there was one. Raises Conflict while it is fetched."""
+        client = await self._account.client()
+        with suppress(modal.exception.NotFoundError):
+            there = await modal.Sandbox.from_name.aio(APP, model.volume, client=client)
+            if await there.poll.aio() is None:
+                raise Conflict(f"{model.label} is being fetched at Modal. Wait for that first.")
+        try:
+            await modal.Volume.objects.delete.aio(model.volume, client=client)
+        except modal.exception.NotFoundError:
+            return False
+        return True
 
     def _check(self, spec: ModelSpec) -> None:
         for name in filter(None, (spec.name, spec.adapter, spec.base)):
