@@ -377,7 +377,7 @@ def _edit_hook(slots: list[Slot], now: dict[str, Tensor]) -> Callable[..., Any]:
 def step_logits(
     m: Model, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any
 ) -> tuple[Tensor, Any]:
-    """Logits [B, V] (float32) of the last column, and the KV cache after it."""
+    """Logits [B, V] (float32) of the last column, and the KV cache after it (None: it keeps none)."""
     keywords: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(m) else {}
     out = m.core(
         input_ids=ids,
@@ -387,7 +387,7 @@ def step_logits(
         use_cache=True,
         **keywords,
     )
-    return out.logits[:, -1].float(), out.past_key_values
+    return out.logits[:, -1].float(), getattr(out, "past_key_values", None)
 
 
 @torch.no_grad()

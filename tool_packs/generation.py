@@ -21,7 +21,7 @@ from tool_packs.engine import (
     spans_of,
     step_logits,
 )
-from tool_packs.errors import TextError
+from tool_packs.errors import ModelError, TextError
 from tool_packs.prompts import Prompt, Text, as_chat, as_list, read, token_strings, word_ids
 from tool_packs.result import Result, provenance, to_cpu
 
@@ -338,6 +338,11 @@ def _decode(
     spans = spans_of(prompts, steer)
     with editing(m, steer, spans):
         logits, cache = step_logits(m, batch.ids, batch.mask, batch.positions, None)
+    if cache is None and (n > 1 or max_new_tokens > 1):
+        raise ModelError(
+            f"{type(m.core).__name__} keeps no key-value cache, and the packs decode with one only: "
+            "use m.hf.generate(...), or read it with capture, next_token and the lenses"
+        )
     mask, position = batch.mask, batch.positions[:, -1:]
     if n > 1:  # the prefix is computed once; the samples part from here
         cache.batch_repeat_interleave(n)

@@ -76,7 +76,14 @@ def read(m: Model, text: Text) -> list[Prompt]:
     A chat that ends with the user gets the header of the assistant's turn; a chat that ends with
     the assistant is left open, so that the model goes on with that message.
     """
-    return [_plain(m, t) if isinstance(t, str) else _chat(m, t) for t in as_list(text)]
+    prompts = [_plain(m, t) if isinstance(t, str) else _chat(m, t) for t in as_list(text)]
+    limit = getattr(m.config, "max_position_embeddings", None)
+    for i, prompt in enumerate(prompts):
+        if limit is not None and len(prompt) > limit:
+            raise TextError(
+                f"text {i} has {len(prompt)} tokens; this model's context is {limit}: shorten it"
+            )
+    return prompts
 
 
 def _plain(m: Model, text: str) -> Prompt:
