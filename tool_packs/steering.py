@@ -365,6 +365,8 @@ def _vector(m: Model, vec: Tensor, layer: int) -> Tensor:
             f"vec has shape {tuple(vec.shape)}: give [{m.width}], or [{m.n_layers}, {m.width}] "
             "with a row for each layer"
         )
+    if (bad := int((~vec.isfinite()).sum())) > 0:
+        raise TextError(f"vec has {bad} of {m.width} values that are NaN or infinite, not finite")
     return vec
 
 
