@@ -22,6 +22,13 @@ CLEARED = ("tmp", "run", "var/tmp")
 """Folders of this machine that a sandbox finds empty."""
 
 
+def hidden_interpreter() -> list[tuple[str, str]]:
+    """The folders of this interpreter that lie where a sandbox finds nothing, as they would in a checkout in /tmp."""
+    folders = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
+    hidden = (f for f in folders if any(f.is_relative_to(f"/{name}") for name in CLEARED))
+    return [(str(folder), str(folder)) for folder in sorted(hidden)]
+
+
 def can_isolate() -> bool:
     """Whether this process may make namespaces and overlays (root on Linux, outside a jail)."""
     if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("nsenter"):
@@ -176,17 +183,23 @@ class Box:
         self._up.set()
 
     async def _hear_start(self, reader: asyncio.StreamReader) -> None:
+        """Two processes say these words, in any order: the launcher the number, process 1 that it is ready."""
         assert self._launcher is not None and self._launcher.stderr is not None
+        ready = False
         while line := await reader.readline():
             word = json.loads(line)
             if "pid" in word:
                 self.pid = word["pid"]
-                self._handle = os.pidfd_open(self.pid)
-            elif "ready" in word:
-                return
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
+                    self._handle = os.pidfd_open(self.pid)
+            elif "exit" in word:
+                self.code = word["exit"]
             elif "failed" in word:
                 await self._launcher.wait()
                 raise RuntimeError(word["failed"])
+            ready = ready or "ready" in word
+            if ready and self.pid:
+                return
         await self._launcher.wait()
         said = (await self._launcher.stderr.read()).decode(errors="replace")
         raise RuntimeError(f"the sandbox's first process ended: {said}")
