@@ -22,11 +22,10 @@ CLEARED = ("tmp", "run", "var/tmp")
 """Folders of this machine that a sandbox finds empty."""
 
 
-def hidden_interpreter() -> list[tuple[str, str]]:
+def hidden_interpreter() -> list[Path]:
     """The folders of this interpreter that lie where a sandbox finds nothing, as they would in a checkout in /tmp."""
     folders = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
-    hidden = (f for f in folders if any(f.is_relative_to(f"/{name}") for name in CLEARED))
-    return [(str(folder), str(folder)) for folder in sorted(hidden)]
+    return sorted(f for f in folders if any(f.is_relative_to(f"/{name}") for name in CLEARED))
 
 
 def can_isolate() -> bool:
@@ -48,10 +47,13 @@ def make_base_layer(folder: Path) -> None:
         cleared.mkdir(parents=True)
         cleared.chmod(0o1777)
         os.setxattr(cleared, "trusted.overlay.opaque", b"y")
+    for interpreter in hidden_interpreter():  # put back: an overlay's lower files are never written
+        target = folder / interpreter.relative_to("/")
+        shutil.copytree(interpreter, target, symlinks=True, copy_function=link)
     checkout = Path(sys.prefix).parent
     if (checkout / "pyproject.toml").is_file():
         copy = folder / checkout.relative_to("/")
-        copy.mkdir(parents=True)
+        copy.mkdir(parents=True, exist_ok=True)
         for entry in checkout.iterdir():
             if entry != Path(sys.prefix):
                 os.mknod(copy / entry.name, 0o600 | 0o020000, 0)  # a whiteout
@@ -61,6 +63,14 @@ def make_base_layer(folder: Path) -> None:
     local = folder / "usr/bin"
     local.mkdir(parents=True)
     write_tool(local / "sync", HERE / "syncing.py")
+
+
+def link(source: str, target: str) -> None:
+    """The same file at a second place, or a copy where that is another file system."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def write_tool(path: Path, source: Path) -> None:

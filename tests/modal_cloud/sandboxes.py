@@ -16,7 +16,7 @@ from modal_proto import api_pb2
 
 from . import ids
 from .accounts import Accounts
-from .box import PATH, PYTHON_FOLDER, Box, Plan, hidden_interpreter
+from .box import PATH, PYTHON_FOLDER, Box, Plan
 from .capacity import Capacity
 from .errors import not_found, refuse
 from .images import Image, Images
@@ -229,7 +229,6 @@ class Sandboxes:
             ],
             volumes=[mount.first() for mount in volumes.mounts],
             binds=[
-                *hidden_interpreter(),
                 (str(control), "/__modal/control"),
                 *(bind for mount in volumes.mounts for bind in mount.binds()),
             ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import modal
@@ -152,7 +151,7 @@ async def test_a_sandbox_sees_nothing_of_the_checkout_and_python_is_on_its_path(
     process = await sandbox.exec.aio("python", "-c", script)
     assert "No module named 'seer_mcp'" in await process.stderr.read.aio()
     there = await output(sandbox, "find", "/tmp", "/run", "-mindepth", "1", "-maxdepth", "1")
-    kept = {"/" + "/".join(Path(source).parts[1:3]) for source, _ in hidden_interpreter()}
+    kept = {"/" + "/".join(folder.parts[1:3]) for folder in hidden_interpreter()}
     assert set(there.split()) == kept  # nothing, but what leads to an interpreter that lies there
 
 
