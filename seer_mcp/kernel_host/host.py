@@ -668,7 +668,11 @@ class Host:
         id, command = of_type(str, request["run"]), of_type(str, request["command"])
         if id not in self.runs:
             self.runs[id] = Run(id, "command", "", id, False)
-            await self.commands.start(id, command)
+            try:
+                await self.commands.start(id, command)
+            except OSError as error:
+                del self.runs[id]
+                raise ValueError("the command could not be started: %s" % error) from error
         return {"runs": [self._described(self.runs[id])]}
 
     async def op_read_file(self, request: Event) -> Event:
