@@ -15,7 +15,7 @@ from tool_packs.activations import Layers
 from tool_packs.engine import site_name
 from tool_packs.errors import ModelError, TextError
 from tool_packs.prompts import Position, Prompt, Text, read, resolve, token_strings, word_ids
-from tool_packs.replay import Change, Prefix, Recording, common, make_prefix, record, sweep
+from tool_packs.replay import Change, Prefix, Recording, common, make_prefix, record_all, sweep
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ GRIDS = ("layer x pos", "heads", "sites")
 SITES = ("resid_post", "attn_out", "mlp_out")  # of grid="sites"
 METRICS = ("logit_diff", "prob", "kl")
 CHUNK = 64 * 1024 * 1024  # logits held at once
-TOP = 8  # cells of a pair that are listed and controlled
+TOP = 6  # cells of a pair that are listed and controlled
 LEAST = 1e-4  # a smaller difference of the metric cannot be shared out
 
 Score = Callable[[Tensor], Tensor]  # logits [R, V] -> [R]
@@ -48,7 +48,7 @@ def patch(
     layers: Layers = "all",
     positions: Position = "all",
     source: Model | str | None = None,
-    n_control: int = 4,
+    n_control: int = 3,
     seed: int = 0,
 ) -> Result:
     """Which activations carry what makes the two prompts' answers differ?
@@ -134,7 +134,8 @@ def patch(
     bar = _progress(sum(len(sites) * len(index) * len(w) for w in where))
     with bar:
         for pair, w, names in zip(pairs, where, chosen, strict=True):
-            run = record_pair(m, pair, sites, source, metric, names)
+            others = [_other_tokens(m, pair, generator) for _ in range(n_control)]
+            run = record_pair(m, pair, sites, source, metric, names, others)
             cells = _cells(run, grid, sites, index, w)
             found = _sweep(run, cells, sites, index, bar)
             table, metric_table = torch.full((2, *shape), float("nan"))
@@ -142,7 +143,7 @@ def patch(
                 table[cell.at], metric_table[cell.at] = effect, value
             strongest = found.effect.abs().argsort(descending=True)[:TOP].tolist()
             top = [cells[i] for i in strongest]
-            control = _unrelated(run, top, sites, source, n_control, generator)
+            control = _unrelated(run, top)
             tables.append((table, metric_table, found.noise, control, run, top))
             notes.append(run.note)
     n_top = max(len(t[5]) for t in tables)
@@ -243,6 +244,7 @@ class Run:
     high: float  # the metric of the clean run
     low: float  # of the corrupt run
     tokens: list[str]  # "clean/corrupt" where they differ
+    unrelated: list[Recording]
     note: str = ""
 
     def values(self, site: str, layer: int, columns: Sequence[int], head: int | None = None) -> Any:
@@ -344,8 +346,9 @@ def record_pair(
     source: Model | str | None,
     metric: str | Score,
     answers: Any,
+    others: Sequence[Sequence[int]] = (),
 ) -> Run:
-    """Runs both prompts of a pair, the shared beginning once."""
+    """Runs both prompts of a pair (and `others` of their length), the shared beginning once."""
     start, prefix = 0, None
     if source is None:
         if pair.clean.ids == pair.corrupt.ids:
@@ -356,10 +359,17 @@ def record_pair(
         start = common(pair.clean.ids, pair.corrupt.ids)
         prefix = make_prefix(m, pair.corrupt.ids, start)
     kept = [s for s in sites if s not in ("resid_pre", "resid_post")]
-    corrupt = record(m, pair.corrupt.ids, prefix=prefix, sites=kept)
-    with from_source(m, source) as other:
-        clean = record(other, pair.clean.ids, prefix=prefix, sites=kept)
-        high_logits = logits_of(other, clean.final)
+    ids = [pair.clean.ids, *others]
+    if source is None:
+        corrupt, clean, *unrelated = record_all(
+            m, [pair.corrupt.ids, *ids], prefix=prefix, sites=kept
+        )
+        high_logits = logits_of(m, clean.final)
+    else:
+        (corrupt,) = record_all(m, [pair.corrupt.ids], prefix=prefix, sites=kept)
+        with from_source(m, source) as other:
+            clean, *unrelated = record_all(other, ids, sites=kept)
+            high_logits = logits_of(other, clean.final)
     low_logits = logits_of(m, corrupt.final)
     for rec, kind in ((clean, "clean"), (corrupt, "corrupt")):
         if not rec.final.isfinite().all():
@@ -373,7 +383,7 @@ def record_pair(
         )
     one, two = token_strings(m, pair.clean.ids), token_strings(m, pair.corrupt.ids)
     tokens = [a if a == b else f"{a}/{b}" for a, b in zip(one, two, strict=True)]
-    run = Run(m, pair, start, prefix, clean, corrupt, score, name, high, low, tokens)
+    run = Run(m, pair, start, prefix, clean, corrupt, score, name, high, low, tokens, unrelated)
     if name.startswith("logit difference") and high < low:
         run.note = " (the clean run likes the first answer less: are the answers in order?)"
     return run
@@ -498,37 +508,27 @@ def _sweep(
         for layer in index
     ]
     changes = [cells[i].change for i in live]
-    final = sweep(run.m, run.corrupt.ids, [*itself, *changes], prefix=run.prefix, bar=bar)
+    final = sweep(run.corrupt, [*itself, *changes], prefix=run.prefix, bar=bar)
     scored = score_states(run, final).cpu()
     metric[live] = scored[len(itself) :]
     return Found(run.normal(metric), metric, run.normal(scored[: len(itself)]))
 
 
-def _unrelated(
-    run: Run,
-    top: Sequence[Cell],
-    sites: Sequence[str],
-    source: Model | str | None,
-    n: int,
-    generator: torch.Generator,
-) -> Tensor:
+def _unrelated(run: Run, top: Sequence[Cell]) -> Tensor:
     """The effect [cells, n] of these cells patched from runs with other tokens where they differ."""
     live = [k for k, cell in enumerate(top) if cell.change.values is not None]
+    n = len(run.unrelated)
     out = torch.zeros(len(top), n)
-    kept = [s for s in sites if s not in ("resid_pre", "resid_post")]
+    if not n or not live:
+        return out
     changes = []
-    with from_source(run.m, source) as other:
-        for _ in range(n):
-            ids = _other_tokens(other, run.pair, generator)
-            prefix = run.prefix if source is None else None
-            rec = record(other, ids, prefix=prefix, sites=kept)
-            for k in live:
-                c = top[k].change
-                values = at_columns(rec, c.site, c.layer, c.columns, c.head)
-                changes.append(Change(c.site, c.layer, c.columns, values, c.head))
-    final = sweep(run.m, run.corrupt.ids, changes, prefix=run.prefix)
-    effect = run.normal(score_states(run, final)).cpu()
-    out[live] = effect.view(n, len(live)).T if n else out[live]
+    for k in live:
+        c = top[k].change
+        for rec in run.unrelated:
+            values = at_columns(rec, c.site, c.layer, c.columns, c.head)
+            changes.append(Change(c.site, c.layer, c.columns, values, c.head))
+    final = sweep(run.corrupt, changes, prefix=run.prefix)
+    out[live] = run.normal(score_states(run, final)).cpu().view(len(live), n)
     return out
 
 

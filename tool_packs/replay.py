@@ -14,7 +14,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,10 +56,13 @@ class Prefix:
     ids: tuple[int, ...]
     cache: Any
 
-    def copy(self) -> Any:
+    def copy(self, rows: int = 1) -> Any:
         """A cache that may grow: these layers concatenate anew and change no tensor in place."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        for layer in cache.layers:
+            layer.keys = layer.keys.expand(rows, -1, -1, -1)
+            layer.values = layer.values.expand(rows, -1, -1, -1)
         return cache
 
 
@@ -80,32 +83,36 @@ class _Frozen:
 
 @dataclass
 class Recording:
-    """One prompt's pass from column `start` on, and what is needed to restart it."""
+    """One prompt's pass from column `start` on, and what is needed to restart it.
+
+    Prompts of one length may be recorded together; `row` says which of them this is.
+    """
 
     m: Model
     ids: tuple[int, ...]
     start: int  # columns before it are in `frozen`
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # of each layer, beside its states
-    states: list[Tensor]  # into each layer, and out of the last: L + 1 of [1, T - start, d]
-    sites: dict[str, list[Tensor]] = field(default_factory=dict)  # [1, T - start, ...] of a layer
+    states: list[Tensor]  # into each layer, and out of the last: L + 1 of [B, T - start, d]
+    sites: dict[str, list[Tensor]] = field(default_factory=dict)  # [B, T - start, ...] of a layer
     cache: Any = None  # as the layers were given it
     frozen: _Frozen | None = None
     restarts: bool = True  # False: plain hooks over the whole prompt
+    row: int = 0
 
     def at(self, site: str, layer: int) -> Tensor:
         """The states of a site [T - start, d]; of "head" [T - start, heads, head_dim]."""
         if site == "resid_pre":
-            return self.states[layer][0]
+            return self.states[layer][self.row]
         if site == "resid_post":
-            return self.states[layer + 1][0]
-        h = self.sites[site][layer][0]
+            return self.states[layer + 1][self.row]
+        h = self.sites[site][layer][self.row]
         s = self.m.structure
         return h.unflatten(-1, (s.heads, s.head_dim)) if site == "head" else h
 
     @property
     def final(self) -> Tensor:
         """The last token's state before the final norm [1, d]."""
-        return self.states[-1][:, -1]
+        return self.states[-1][self.row, -1:]
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -127,7 +134,7 @@ def make_prefix(m: Model, ids: Sequence[int], stop: int, known: Prefix | None = 
         if len(known.ids) == stop:
             return known
         begin = len(known.ids)
-    keywords = _keywords(m, ids, begin, stop)
+    keywords = _keywords(m, [ids], begin, stop)
     past = known.copy() if begin and known is not None else None
     out = m.structure.backbone(**keywords, past_key_values=past, use_cache=True)
     cache = getattr(out, "past_key_values", None)
@@ -145,43 +152,54 @@ def _is_plain(m: Model, cache: Any) -> bool:
     return len(layers) == m.n_layers and all(type(layer) in known for layer in layers)
 
 
-def _keywords(m: Model, ids: Sequence[int], begin: int, stop: int) -> dict[str, Tensor]:
+def _keywords(
+    m: Model, prompts: Sequence[Sequence[int]], begin: int, stop: int
+) -> dict[str, Tensor]:
+    rows = len(prompts)
+    ids = torch.tensor([list(p[begin:stop]) for p in prompts], device=m.device)
     return {
-        "input_ids": torch.tensor([ids[begin:stop]], device=m.device),
-        "attention_mask": torch.ones(1, stop, dtype=torch.long, device=m.device),
-        "position_ids": torch.arange(begin, stop, device=m.device)[None],
+        "input_ids": ids,
+        "attention_mask": torch.ones(rows, stop, dtype=torch.long, device=m.device),
+        "position_ids": torch.arange(begin, stop, device=m.device).expand(rows, -1),
     }
 
 
-@torch.no_grad()
 def record(
+    m: Model, ids: Sequence[int], *, prefix: Prefix | None = None, sites: Sequence[str] = ()
+) -> Recording:
+    """One pass over `ids` behind `prefix`, with every layer's arguments, states, and `sites`."""
+    return record_all(m, [ids], prefix=prefix, sites=sites)[0]
+
+
+@torch.no_grad()
+def record_all(
     m: Model,
-    ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     *,
     prefix: Prefix | None = None,
     sites: Sequence[str] = (),
-) -> Recording:
-    """One pass over `ids` behind `prefix`, with every layer's arguments, states, and `sites`."""
-    ids = tuple(ids)
+) -> list[Recording]:
+    """`record` of several prompts of one length behind one prefix, in one pass."""
     start = len(prefix.ids) if prefix is not None else 0
-    rec = Recording(m, ids, start, [], [], {site: [] for site in sites})
+    first = Recording(m, tuple(prompts[0]), start, [], [], {site: [] for site in sites})
 
     def keep_call(_: nn.Module, args: Any, kwargs: Any) -> None:
         kwargs = dict(kwargs)
-        rec.states.append(args[0] if args else kwargs.pop("hidden_states"))
-        rec.calls.append((args[1:], kwargs))
+        first.states.append(args[0] if args else kwargs.pop("hidden_states"))
+        first.calls.append((args[1:], kwargs))
 
     def finish(_: nn.Module, args: Any, output: Any) -> None:
-        rec.states.append(first_tensor(output))
+        first.states.append(first_tensor(output))
         raise _Stop
 
-    keywords: dict[str, Any] = _keywords(m, ids, start, len(ids)) | {"use_cache": False}
+    stop = len(first.ids)
+    keywords: dict[str, Any] = _keywords(m, prompts, start, stop) | {"use_cache": False}
     if prefix is not None:
-        rec.frozen, rec.cache = _Frozen(prefix.cache), prefix.copy()
-        keywords |= {"use_cache": True, "past_key_values": rec.cache}
+        first.frozen, first.cache = _Frozen(prefix.cache), prefix.copy(len(prompts))
+        keywords |= {"use_cache": True, "past_key_values": first.cache}
     with removing([]) as handles:
         for layer in range(m.n_layers):
-            for site, kept in rec.sites.items():
+            for site, kept in first.sites.items():
                 handles.append(_register_read(m, site, layer, kept.append))
             hook = m.layers[layer].register_forward_pre_hook(keep_call, with_kwargs=True)
             handles.append(hook)
@@ -192,12 +210,12 @@ def record(
             pass
     kind = "behind a prefix" if start else "restart"
     if kind not in _trusted(m):
-        _trusted(m)[kind] = _as_plain_hooks(rec)
-    rec.restarts = _trusted(m)[kind]
-    if start and not rec.restarts:
+        _trusted(m)[kind] = _as_plain_hooks(first)
+    first.restarts = _trusted(m)[kind]
+    if start and not first.restarts:
         _trusted(m)["prefix"] = False
-        return record(m, ids, sites=sites)
-    return rec
+        return record_all(m, prompts, sites=sites)
+    return [replace(first, ids=tuple(ids), row=row) for row, ids in enumerate(prompts)]
 
 
 _checked: weakref.WeakKeyDictionary[Model, dict[str, bool]] = weakref.WeakKeyDictionary()
@@ -266,7 +284,8 @@ def _replay(rec: Recording, changes: Sequence[Change]) -> Tensor:
     else:
         joins = [_joins_at(change) for change in changes]
         states = {
-            layer: rec.states[layer].expand(joins.count(layer), -1, -1) for layer in set(joins)
+            layer: rec.states[layer][rec.row].expand(joins.count(layer), -1, -1)
+            for layer in set(joins)
         }
     groups: dict[tuple[int, str], list[int]] = {}
     for row, change in enumerate(changes):
@@ -364,13 +383,15 @@ def _call(rec: Recording, layer: int, h: Any) -> Tensor:
 
 
 def _for_rows(rec: Recording, value: Any, rows: int) -> Any:
-    """A recorded argument of one row, for many."""
+    """A recorded argument, for as many rows: without padding, those of all prompts are alike."""
     if value is None:
         return None
     if value is rec.cache:
         return rec.frozen
-    if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[0] == 1:
-        return value.expand(rows, *value.shape[1:])
+    if isinstance(value, Tensor) and value.ndim >= 2:
+        recorded = rec.states[0].shape[0]
+        if value.shape[0] in (1, recorded):
+            return value[:1].expand(rows, *value.shape[1:])
     if type(value) in (tuple, list):
         return type(value)(_for_rows(rec, x, rows) for x in value)
     return value
@@ -423,8 +444,7 @@ def _register_edit(m: Model, site: str, layer: int, change: Callable[[Tensor], T
 
 @torch.no_grad()
 def sweep(
-    m: Model,
-    ids: Sequence[int],
+    rec: Recording,
     changes: Sequence[Change],
     *,
     prefix: Prefix | None = None,
@@ -434,22 +454,21 @@ def sweep(
 
     A change at position p leaves everything before p as it was, so the changes are grouped by
     their first position, and each group is replayed behind a cache of the tokens before it.
+    `prefix` is the one that `rec` was recorded behind.
     """
+    m, ids = rec.m, rec.ids
     first = [min(change.columns) for change in changes]
-    out: Tensor | None = None
+    out = rec.final.new_empty(len(changes), m.width)
     known = prefix
     for low, members in _grouped(first):
-        known = make_prefix(m, ids, low, known) or known
-        fits = known is not None and len(known.ids) <= low
-        rec = record(m, ids, prefix=known if fits else None)
-        final = replay(rec, [changes[i] for i in members])
-        if out is None:
-            out = final.new_empty(len(changes), final.shape[-1])
+        here = rec
+        if low > rec.start and (longer := make_prefix(m, ids, low, known)) is not None:
+            known = longer
+            here = record(m, ids, prefix=known)
+        final = replay(here, [changes[i] for i in members])
         out[torch.tensor(members, device=out.device)] = final
         if bar is not None:
             bar.update(len(members))
-    if out is None:
-        return torch.empty(0, m.width, device=m.device)
     return out
 
 
@@ -517,7 +536,7 @@ def readers(m: Model) -> list[dict[str, Reader]]:
             handles.append(_register_read(m, "attn_out", i, _keep(added, i)))
             for child in block.children():
                 handles.append(child.register_forward_pre_hook(look(i), with_kwargs=True))
-        backbone(**_keywords(m, list(range(count)), 0, count), use_cache=False)
+        backbone(**_keywords(m, [range(count)], 0, count), use_cache=False)
     found = []
     for i, calls in enumerate(seen):
         middle = pre[i] + added[i]
