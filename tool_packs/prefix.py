@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,13 +47,10 @@ def _best_cut(batch: Batch, steer: Steering, spans: Spans) -> int | None:
         return None
     texts = _texts(batch)
     order = sorted(texts)
-    cuts = {
-        min(_common(a, b), width - 1) for a, b in zip(order, order[1:], strict=False)
-    } - {0}
+    cuts = {min(_common(a, b), width - 1) for a, b in pairwise(order)} - {0}
     looked_at = sorted(cuts)[:: 1 + len(cuts) // CUTS]
     saved = {
-        cut: cut * (rows - len(set(_beginning_keys(texts, cut, steer, spans))))
-        for cut in looked_at
+        cut: cut * (rows - len(set(_beginning_keys(texts, cut, steer, spans)))) for cut in looked_at
     }
     best = max(saved, key=lambda cut: saved[cut], default=None)
     if best is None or saved[best] < max(WORTH_TOKENS, WORTH_SHARE * rows * width):
