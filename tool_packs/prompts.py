@@ -18,7 +18,7 @@ Chat = list[Message]
 Text = str | Chat | list[str] | list[Chat] | list["str | Chat"]
 Position = int | str | slice | tuple[int, int] | Sequence["int | str"]
 
-NAMED = ("last", "last_user", "assistant_start", "all")
+NAMED = ("last", "last_user", "assistant_start", "response", "all")
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,15 @@ def _named(prompt: Prompt, name: str) -> list[int]:
         raise TextError(
             f"no position is called {name!r}: {', '.join(NAMED)}, an int, a span or a list"
         )
-    index = getattr(prompt, name)
+    if name == "response" and prompt.assistant_start is not None:
+        first = prompt.assistant_start + 1
+        if first == len(prompt):
+            raise TextError(
+                f"{prompt.text[-40:]!r} ends where a response would begin: end the chat with one, "
+                '{"role": "assistant", "content": "..."}'
+            )
+        return list(range(first, len(prompt)))
+    index = getattr(prompt, "assistant_start" if name == "response" else name)
     if index is None:
         raise TextError(
             f"{name!r} is a position in a chat, and {prompt.text[:40]!r} is plain text "
