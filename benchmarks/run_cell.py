@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from seer_mcp.config import from_environment
-from seer_mcp.http import build_app
+from seer_mcp.http import Serving, build_app
 
 HERE = Path(__file__).parent
 TOKEN = "benchmark-token-of-no-value"
@@ -175,7 +175,7 @@ async def http_in_memory(calls: int, folder: Path) -> dict[str, Any]:
             {**os.environ}, folder, state=str(folder / "state-http"), on_exit="stop"
         )
         base = await connected(floor_server.streamable_http_app(), 8000)
-        client = await connected(build_app(config, "127.0.0.1", 8001, TOKEN), 8001)
+        client = await connected(build_app(config, Serving("127.0.0.1", 8001, TOKEN)), 8001)
         sandbox, _ = await start(client, name="http")
         first, second = await interleaved(floor(base, "1+1"), cell(client, sandbox, "1+1"), calls)
         return {"floor 1+1": first, "create_cell 1+1": second}

@@ -20,6 +20,7 @@ from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
 from .model_store.command import add_models, run_models
 from .sandboxes import add_sandboxes, run_sandboxes
+from .serve import add_serve, run_token
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,16 +117,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "stdio", parents=[common], help="serve one client over stdin and stdout (the default)"
     )
-    serve = commands.add_parser(
-        "serve", parents=[common], help="serve over HTTP on loopback, with a bearer token"
-    )
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8757)
-    serve.add_argument(
-        "--token-file",
-        metavar="FILE",
-        help="the file that holds the token (default: one that is made and kept)",
-    )
+    add_serve(commands, common)
     demo = commands.add_parser(
         "demo", help="find a planted belief in a shipped model, with its control"
     )
@@ -217,6 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor",
         "models",
         "sandboxes",
+        "token",
         "schema",
         "--version",
         "--help",
@@ -242,17 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_models(flags, config)
         if flags.command == "sandboxes":
             return asyncio.run(run_sandboxes(flags, config))
+        if flags.command == "token":
+            return run_token(flags, config)
         if flags.command == "doctor":
             return asyncio.run(run_doctor(config, flags.only, flags.fix, flags.json))
         if flags.command == "serve":
-            from .http import kept_token, serve_http
+            from .serve import run_serve
 
-            path = Path(flags.token_file) if flags.token_file else kept_token(config.state_dir)
-            print(
-                f"seer-mcp on http://{flags.host}:{flags.port}/mcp; the bearer token is in {path}",
-                file=sys.stderr,
-            )
-            asyncio.run(serve_http(config, flags.host, flags.port, path.read_text()))
+            return run_serve(flags, config)
         else:
             from .server import serve_stdio
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import sys
@@ -13,7 +14,7 @@ from typing import Literal
 
 from platformdirs import user_cache_path, user_state_path
 
-from .files import writable
+from .files import NAME, RESERVED, writable
 from .money import Allowance, parse_allowance
 from .redact import Redactor
 from .secret import Secrets
@@ -131,10 +132,47 @@ class Config:
     max_sandboxes: int = 60
     on_exit: Literal["keep", "stop"] = "keep"
     """Whether local sandboxes outlive the server (the next server finds them again)."""
+    team: bool = False
+    """Whether several people use the server. Each then has a folder of their own, and what is the operator's (the
+    project, ssh, the local machine, secrets) is theirs only as far as the next three say."""
+    team_backends: tuple[str, ...] = ("modal",)
+    team_secrets: tuple[str, ...] = ()
+    owner_allowances: tuple[Allowance, ...] = ()
+    """What the sandboxes of each owner may cost."""
+    owner_sandboxes: int = 20
+    """How many each owner may have at once, where there are several."""
+    starts_at_once: int = 8
+    """How many sandboxes start at the same time; further ones wait for their turn."""
     audit_code: int = 4000
     """Characters of each piece of code that the audit file keeps, beside its hash."""
     fault: str = ""
     """SEER_MCP_FAULT: where a test wants the server or its hosts killed (kernel_host/fault.py)."""
+
+    def home(self, owner: str) -> Home:
+        """Where an owner's notebooks are."""
+        if not self.team:
+            roots = (self.project_dir, self.outputs_dir, *self.notebook_roots)
+            return Home(self.project_dir, self.outputs_dir, roots)
+        folder = self.outputs_dir / folder_of(owner)
+        return Home(folder, folder, (folder,))
+
+
+@dataclass(frozen=True)
+class Home:
+    base: Path
+    """What relative paths start from."""
+    outputs: Path
+    """Where new notebooks are saved."""
+    roots: tuple[Path, ...]
+    """Where files may be opened."""
+
+
+def folder_of(owner: str) -> str:
+    """A name for an owner's folder; two owners never share one."""
+    if NAME.fullmatch(owner) and owner not in RESERVED:
+        return owner
+    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in owner.lower())[:24]
+    return f"{kept.strip('-') or 'owner'}.{hashlib.sha256(owner.encode()).hexdigest()[:12]}"
 
 
 def default_outputs(project_dir: Path, home: Path) -> Path:

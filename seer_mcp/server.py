@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ResourceNotFoundError, ToolError
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.subscriptions import InMemorySubscriptionBus
-from mcp.shared.subscriptions import ResourceUpdated
+from mcp.shared.subscriptions import ResourceUpdated, ServerEvent
 from mcp.types import (
     CallToolResult,
     EmptyResult,
@@ -49,7 +49,9 @@ from .tools.seam import (
     client_of,
     failure,
     known_failure,
+    lacking_scope,
     owner,
+    scope_of,
     secret_given,
 )
 
@@ -93,7 +95,9 @@ class SeerServer(MCPServer[None]):
             owner=owner(),
             client=client_of(context),
         ) as call:
-            if named := self.register.config.redactor.found(arguments):
+            if tool is not None and (lacking := lacking_scope(tool)):
+                answer = failure(lacking)
+            elif named := self.register.config.redactor.found(arguments):
                 answer = failure(secret_given(named))
             else:
                 answer = await self._answer(tool, name, arguments, context)
@@ -125,6 +129,13 @@ class SeerServer(MCPServer[None]):
             if known_error is None:
                 raise ToolError(self.register.config.redactor.text(str(error))) from error
             return failure(str(known_error))
+
+    def scope_needed(self, method: str, name: str) -> str | None:
+        """The scope that a request needs; None for those that any token may make."""
+        if method != "tools/call":
+            return "sandboxes:read" if method.startswith("resources/") else None
+        tool = self._tool_manager.get_tool(name)
+        return None if tool is None else scope_of(tool)  # what is not there is said to everybody
 
     def on_request(self, method: str, params: type[Any], handler: Any) -> None:
         """Serve a method for which MCPServer has no decorator."""
@@ -162,7 +173,7 @@ def build_server(
     """The whole server for one Config; runs over stdio, HTTP, or in memory."""
     packs = Packs([BUILTIN_PACKS, *config.packs])
     register = Register(config, packs)
-    bus = InMemorySubscriptionBus()
+    bus = OwnersBus(register)
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[None]) -> AsyncGenerator[None]:
@@ -207,28 +218,47 @@ def add_resources(server: MCPServer[None], register: Register) -> None:
             raise ResourceNotFoundError(str(error)) from error
 
 
+class OwnersBus(InMemorySubscriptionBus):
+    """Tells of notebooks only those who may read them."""
+
+    def __init__(self, register: Register) -> None:
+        super().__init__()
+        self._register = register
+
+    def subscribe(self, listener: Callable[[ServerEvent], None]) -> Callable[[], None]:
+        who = owner()
+
+        def hear(event: ServerEvent) -> None:
+            if not isinstance(event, ResourceUpdated) or self._register.may_read(event.uri, who):
+                listener(event)
+
+        return super().subscribe(hear)
+
+
 async def _found(register: Register, handle: str) -> Session:
     try:
-        return await register.get(handle, owner())
+        return await register.readable(handle, owner())
     except SeerError as error:
         raise ResourceNotFoundError(str(error)) from error
 
 
 def add_notices(server: SeerServer, register: Register, bus: InMemorySubscriptionBus) -> None:
     """Update notices for notebooks and cells, about one a second, in both protocol eras."""
-    # 2025: which connections asked for which URI. One that is gone drops out by itself. (A context's
-    # session is made anew for each request; the connection behind it is what stays.)
-    subscribers: dict[str, WeakSet[Connection]] = {}
+    # 2025: which connections asked for which URI, by owner. One that is gone drops out by itself. (A
+    # context's session is made anew for each request; the connection behind it is what stays.)
+    subscribers: dict[str, dict[str, WeakSet[Connection]]] = {}
     changed: dict[str, float] = {}
     pending: set[str] = set()
     tasks: set[asyncio.Task[None]] = set()
 
     async def subscribe(context: Any, params: SubscribeRequestParams) -> EmptyResult:
-        subscribers.setdefault(str(params.uri), WeakSet()).add(context.session._connection)
+        theirs = subscribers.setdefault(str(params.uri), {}).setdefault(owner(), WeakSet())
+        theirs.add(context.session._connection)
         return EmptyResult()
 
     async def unsubscribe(context: Any, params: UnsubscribeRequestParams) -> EmptyResult:
-        subscribers.get(str(params.uri), WeakSet()).discard(context.session._connection)
+        theirs = subscribers.get(str(params.uri), {}).get(owner(), WeakSet())
+        theirs.discard(context.session._connection)
         return EmptyResult()
 
     async def announce(uri: str) -> None:
@@ -238,8 +268,10 @@ def add_notices(server: SeerServer, register: Register, bus: InMemorySubscriptio
             if old not in pending:
                 del changed[old]
         await bus.publish(ResourceUpdated(uri=uri))
-        for connection in list(subscribers.get(uri, ())):
-            await connection.send_resource_updated(uri)
+        for who, connections in list(subscribers.get(uri, {}).items()):
+            if register.may_read(uri, who):
+                for connection in list(connections):
+                    await connection.send_resource_updated(uri)
 
     def soon(uri: str) -> None:
         if uri in pending:

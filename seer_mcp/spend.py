@@ -142,21 +142,31 @@ class SpendBook:
         entry = self.entries().get(sandbox)
         return entry.until if entry is not None and entry.closed else None
 
-    def burning(self, now: float) -> Price | None:
-        """What runs and costs money, as one price."""
-        live = [e for e in self.entries().values() if e.burns(now)]
+    def burning(self, now: float, owner: str | None = None) -> Price | None:
+        """What runs (of one owner) and costs money, as one price."""
+        entries = self.entries().values()
+        live = [e for e in entries if e.burns(now) and owner in (None, e.owner)]
         parts = {e.sandbox: e.per_second for e in live}
         return Price(parts, "the book", sum(e.gpus for e in live)) if live else None
 
-    def admit(self, allowances: Sequence[Allowance], price: Price, now: float) -> float | None:
-        """Seconds that a new sandbox may live under all allowances, or None. Raises BudgetSpent."""
-        burning = self.burning(now)
-        allowed = [a.admit(price, self.spent(a.began(now), now), burning) for a in allowances]
+    def admit(
+        self, allowances: Sequence[Allowance], price: Price, now: float, owner: str | None = None
+    ) -> float | None:
+        """Seconds that a new sandbox may live under all allowances, or None. Raises BudgetSpent.
+
+        With `owner` they are those of that owner alone.
+        """
+        burning = self.burning(now, owner)
+        allowed = [
+            a.admit(price, self.spent(a.began(now), now, owner), burning) for a in allowances
+        ]
         return min((s for s in allowed if s is not None), default=None)
 
-    def verdicts(self, allowances: Sequence[Allowance], now: float) -> list[Verdict]:
-        """What must be said of the allowances: those of which much or all is used."""
-        told = (a.verdict(self.spent(a.began(now), now)) for a in allowances)
+    def verdicts(
+        self, allowances: Sequence[Allowance], now: float, owner: str | None = None
+    ) -> list[Verdict]:
+        """What must be said of the allowances (of one owner): those of which much or all is used."""
+        told = (a.verdict(self.spent(a.began(now), now, owner)) for a in allowances)
         return [verdict for verdict in told if verdict.level != "fine"]
 
     def damage(self) -> str:

@@ -20,6 +20,7 @@ from .record import read_record
 FORGET_SECONDS = 7 * 86400.0
 CUT_OFF_SECONDS = 60.0
 FOLLOW_SECONDS = 10.0
+ELSEWHERE = "another seer-mcp server uses it."
 
 
 class Finds:
@@ -28,6 +29,10 @@ class Finds:
         self._scanning = asyncio.Lock()
         self.elsewhere: dict[str, str] = {}
         """Handles that another server holds -> their owner."""
+
+    def elsewhere_notes(self) -> list[tuple[str, str]]:
+        """Of each handle that another server holds, that it does."""
+        return [(handle, f"{handle}: {ELSEWHERE}") for handle in self.elsewhere]
 
     async def scan(self) -> list[str]:
         """Take over what no living server holds; what is wrong with the rest, in sentences."""
@@ -64,9 +69,16 @@ class Finds:
             path, created = Path(record["notebook"]), float(record["created"])
             owner, name, ended = str(record["owner"]), str(record["name"]), record["ended"]
             sandbox_record = record["sandbox"]
+            config = self._held.config
             meter = taken_up(
-                self._held.book, self._held.config.allowances, handle, owner, record.get("price")
+                self._held.book,
+                config.allowances,
+                handle,
+                owner,
+                record.get("price"),
+                config.owner_allowances,
             )
+            shared = record.get("shared") is True
             stopping, named = record.get("stopping"), tuple(map(str, record.get("secrets", ())))
         except (*DAMAGE, TypeError, ValueError) as error:
             lock.release()
@@ -76,7 +88,7 @@ class Finds:
             )
         if held:
             self.elsewhere[handle] = owner
-            return f"{folder.name}: another seer-mcp server uses it."
+            return f"{folder.name}: {ELSEWHERE}"
         if ended is not None and time.time() - created > FORGET_SECONDS:
             lock.release()
             shutil.rmtree(folder, ignore_errors=True)
@@ -86,7 +98,7 @@ class Finds:
             past = self._held.session(
                 handle, name, owner, backend_name, Notebook(path), folder, lock, created
             )
-            past.meter = meter
+            past.meter, past.shared = meter, shared
             if meter is not None:
                 meter.closed = self._held.book.closed(handle)
             past.ended, past.unread = str(ended), True
@@ -113,6 +125,7 @@ class Finds:
             handle, name, owner, backend_name, document, folder, lock, created
         )
         session.notebook_lock, session.meter, session.secrets = notebook_lock, meter, named
+        session.shared = shared
         self._held.config.redactor.know(self._held.config.secrets.at_hand(named))
         try:
             backend = await self._held.backend(backend_name)

@@ -22,9 +22,11 @@ class Meter:
         began: float,
         ends_by: float | None,
         budget: Budget,
+        owner_allowances: Sequence[Allowance] = (),
     ) -> None:
         self._book = book
         self._allowances = allowances
+        self._owner_allowances = owner_allowances
         self._handle = handle
         self._owner = owner
         self.price = price
@@ -66,9 +68,10 @@ class Meter:
         return so_far(self.price, self.seconds, self.budget or None)
 
     def verdicts(self) -> list[Verdict]:
-        """Of its own budget and of what all sandboxes share."""
-        own = self.budget.verdict(self.spent())
-        return [own, *self._book.verdicts(self._allowances, time.time())]
+        """Of its own budget, of its owner's and of what all sandboxes share."""
+        now, book = time.time(), self._book
+        owners = book.verdicts(self._owner_allowances, now, self._owner)
+        return [self.budget.verdict(self.spent()), *owners, *book.verdicts(self._allowances, now)]
 
     def warnings(self) -> list[str]:
         said = [f"BUDGET: {verdict.says}" for verdict in self.verdicts() if verdict.level != "fine"]
@@ -87,7 +90,12 @@ class Meter:
 
 
 def taken_up(
-    book: SpendBook, allowances: Sequence[Allowance], handle: str, owner: str, kept: Any
+    book: SpendBook,
+    allowances: Sequence[Allowance],
+    handle: str,
+    owner: str,
+    kept: Any,
+    owner_allowances: Sequence[Allowance] = (),
 ) -> Meter | None:
     """The meter of a record. Raises KeyError, TypeError or ValueError for what is none."""
     if kept is None:
@@ -96,4 +104,5 @@ def taken_up(
     price = Price(parts, str(kept["source"]), int(kept["gpus"]))
     ends_by = None if kept["ends_by"] is None else float(kept["ends_by"])
     budget = Budget(**kept["budget"])
-    return Meter(book, allowances, handle, owner, price, float(kept["began"]), ends_by, budget)
+    began = float(kept["began"])
+    return Meter(book, allowances, handle, owner, price, began, ends_by, budget, owner_allowances)

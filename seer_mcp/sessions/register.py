@@ -17,7 +17,7 @@ from ..backends import Progress
 from ..config import Config
 from ..environment import Investigation, SandboxSpec, read_investigation
 from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, show
-from ..files import private_dir, resolve_inside
+from ..files import private_dir, resolve_inside, write_json
 from ..ipynb import read_notebook
 from ..money import Price
 from ..notebook import Notebook
@@ -53,6 +53,11 @@ class Register:
     @property
     def observer(self) -> Observer:
         return self._held.observer
+
+    @property
+    def ready(self) -> bool:
+        """Whether the sandboxes of earlier servers were looked for, and the server has not begun to end."""
+        return self._first_scan is not None and self._first_scan.done() and not self.closed.is_set()
 
     def heard(self, on_change: Callable[[Session, str], None]) -> None:
         """Call `on_change` for each change of a notebook, with the id of the cell."""
@@ -96,15 +101,16 @@ class Register:
 
     # -- start --------------------------------------------------------------------------------
 
-    def investigation(self, path: str) -> Investigation:
+    def investigation(self, path: str, owner: str) -> Investigation:
         """Read the investigation of a folder that may be read. Raises NotFound or InvestigationRefused."""
-        config = self.config
-        roots = [config.project_dir, config.outputs_dir, *config.notebook_roots]
-        return read_investigation(resolve_inside("investigation", path, config.project_dir, roots))
+        home = self.config.home(owner)
+        return read_investigation(
+            resolve_inside("investigation", path, home.base, list(home.roots))
+        )
 
-    async def price(self, spec: SandboxSpec) -> tuple[Price | None, str]:
+    async def price(self, spec: SandboxSpec, owner: str) -> tuple[Price | None, str]:
         """What such a sandbox costs, and that in a sentence. Raises BadInput or BudgetSpent."""
-        _, price, _, terms = await self._starts.price(spec)
+        _, price, _, terms = await self._starts.price(spec, owner)
         return price, terms
 
     async def begin(
@@ -136,6 +142,35 @@ class Register:
 
     # -- find ---------------------------------------------------------------------------------
 
+    async def readable(self, handle: str, owner: str) -> Session:
+        """The session of a handle whose notebook the caller may read: an own one, or one that is shared."""
+        session = self._held.sessions.get(handle)
+        shared = self.config.team and session is not None and session.shared
+        return await self.get(handle, session.owner if session and shared else owner)
+
+    def may_read(self, uri: str, owner: str) -> bool:
+        """Whether the resource of a sandbox is the caller's, or shared with the team."""
+        session = self._held.sessions.get(uri.removeprefix("seer://sandboxes/").partition("/")[0])
+        if session is None:
+            return False
+        return session.owner == owner or (self.config.team and session.shared)
+
+    def shared(self, owner: str) -> list[Session]:
+        """Sandboxes of others whose notebooks the caller may read."""
+        if not self.config.team:
+            return []
+        return [s for s in self._held.sessions.values() if s.shared and s.owner != owner]
+
+    def share(self, session: Session, shared: bool) -> None:
+        """Let the team read its notebook, or no longer. Raises OSError."""
+        before, session.shared = session.shared, shared
+        try:
+            write_json(session.state_dir / "record.json", session.record())
+        except OSError:
+            session.shared = before
+            raise
+        self._held.note("shared" if shared else "unshared", session)
+
     async def get(self, handle: str, owner: str) -> Session:
         """The session of a handle, if it is the caller's. Foreign handles answer like unknown ones."""
         session = self._held.sessions.get(handle)
@@ -166,8 +201,16 @@ class Register:
     async def list(self, owner: str) -> tuple[list[Session], list[str]]:
         """The caller's sandboxes, the newest last; and notes on those that cannot be used."""
         notes = await self.all_found()
+        if (
+            self.config.team
+        ):  # what is wrong with others' is for the operator: `seer-mcp doctor` says it
+            notes = [
+                n for h, n in self._finds.elsewhere_notes() if self._finds.elsewhere[h] == owner
+            ]
+        else:
+            notes += self._swept
         notes += [str(unsure) for its, unsure in self._held.ending.values() if its == owner]
-        notes += [*self._swept, *self._spending()]
+        notes += self._spending(owner)
         mine = [s for s in self._held.sessions.values() if s.owner == owner]
         return sorted(mine, key=lambda s: s.created), notes
 
@@ -195,10 +238,13 @@ class Register:
 
     # -- money --------------------------------------------------------------------------------
 
-    def _spending(self) -> list[str]:
-        """What is to be said of what all sandboxes may cost together, if anything is billed."""
-        book, now = self._held.book, time.time()
-        said = [f"BUDGET: {v.says}" for v in book.verdicts(self.config.allowances, now) if v.says]
+    def _spending(self, owner: str) -> list[str]:
+        """What is to be said of what sandboxes may cost, if anything is billed."""
+        book, now, config = self._held.book, time.time(), self.config
+        own = book.verdicts(config.owner_allowances, now, owner)
+        if config.team:
+            return [f"BUDGET: {v.says}" for v in own if v.says]
+        said = [f"BUDGET: {v.says}" for v in book.verdicts(config.allowances, now) if v.says]
         return [*said, *filter(None, [book.damage()])]
 
     async def _meter(self) -> None:

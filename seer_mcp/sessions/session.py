@@ -110,6 +110,8 @@ class Session:
         self.meter: Meter | None = None
         """What it costs; None where nothing is billed."""
         self.lease = Lease()
+        self.shared = False
+        """Whether others of the team may read its notebook."""
         self.secrets: tuple[str, ...] = ()
         """Names of the secrets that were given to it."""
         self.unread = False
@@ -729,6 +731,7 @@ class Session:
                 "stopping": self.stopping,
                 "price": self.meter.kept() if self.meter is not None else None,
                 "secrets": list(self.secrets),
+                "shared": self.shared,
                 "sandbox": sandbox,
             }
         )

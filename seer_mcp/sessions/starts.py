@@ -32,6 +32,7 @@ from .holdings import Holdings, release
 from .meter import Meter
 from .session import INSIST_SECONDS, Session
 from .starting import Starting
+from .turns import Turns
 
 READY_SECONDS = 40.0
 LIFETIME = 4 * 3600.0  # of a sandbox that is billed, if nobody says otherwise; it can be extended
@@ -58,6 +59,7 @@ class Order:
 class Starts:
     def __init__(self, held: Holdings) -> None:
         self._held = held
+        self._turns = Turns(held.config.starts_at_once)
 
     async def begin(
         self,
@@ -69,13 +71,9 @@ class Starts:
         investigation: Investigation | None = None,
     ) -> Starting:
         """Begin to start a sandbox. What can be told at once is told at once, by raising."""
+        self._allowed(owner, spec)
         backend = await self._held.backend(spec.backend)
-        if len(self._held.live) + len(self.under_way()) >= self._held.config.max_sandboxes:
-            raise Conflict(
-                f"{len(self._held.live)} sandboxes are running, which is this server's limit. Stop one with "
-                "stop_sandbox first."
-            )
-        source = self._existing(notebook) if notebook else None
+        source = self._existing(notebook, owner) if notebook else None
         stem = source.stem if source else investigation.name if investigation else "sandbox"
         name = self._free_name(owner, name, stem)
         handle = f"{name}-{''.join(secrets.choice(ALPHABET) for _ in range(6))}"
@@ -94,10 +92,52 @@ class Starts:
         task.add_done_callback(started)
         return start
 
+    def _allowed(self, owner: str, spec: SandboxSpec) -> None:
+        """Raises Conflict at a limit, and BadInput for what the operator has not given to all."""
+        config = self._held.config
+        starting = self.under_way()
+        if len(self._held.live) + len(starting) >= config.max_sandboxes:
+            raise Conflict(
+                f"{config.max_sandboxes} sandboxes are running, which is this server's limit. Stop one with "
+                "stop_sandbox first, or wait until others end."
+            )
+        if not config.team:
+            return
+        own = sum(s.owner == owner for s in [*self._held.live, *starting])
+        if own >= config.owner_sandboxes:
+            raise Conflict(
+                f"You have {own} sandboxes, which is this server's limit for one person. Stop one with stop_sandbox "
+                "first."
+            )
+        if spec.backend not in config.team_backends:
+            why = {
+                "local": "the kernels of all would run as one user of the server's machine",
+                "ssh": "it would use the operator's keys",
+            }.get(spec.backend, "the operator has not allowed it")
+            raise BadInput(
+                "backend",
+                spec.backend,
+                f"this server is a team's: {why}. It offers {', '.join(config.team_backends) or 'none'}; the operator "
+                f"allows more with --team-backend {spec.backend}",
+            )
+        if spec.python and spec.backend == "local":
+            raise BadInput(
+                "python", spec.python, "the interpreter of a team's server is the operator's choice"
+            )
+        if kept := [name for name in spec.secrets if name not in config.team_secrets]:
+            raise BadInput(
+                "secrets",
+                kept[0],
+                "it is the operator's; this server gives "
+                f"{', '.join(config.team_secrets) or 'none'} to all (--team-secret NAME)",
+            )
+
     def under_way(self) -> list[Starting]:
         return [start for start in self._held.starting.values() if not start.over.is_set()]
 
-    async def price(self, spec: SandboxSpec) -> tuple[SandboxSpec, Price | None, float | None, str]:
+    async def price(
+        self, spec: SandboxSpec, owner: str
+    ) -> tuple[SandboxSpec, Price | None, float | None, str]:
         """The spec with its limits, what it costs, the seconds that it can last, and that in a sentence.
 
         Raises BudgetSpent.
@@ -105,21 +145,24 @@ class Starts:
         price = await (await self._held.backend(spec.backend)).price(spec)
         if price is None:
             return spec, None, spec.lifetime, terms(None, None)
-        allowed = self._held.book.admit(self._held.config.allowances, price, time.time())
+        config, book, now = self._held.config, self._held.book, time.time()
+        both = [
+            book.admit(config.allowances, price, now),
+            book.admit(config.owner_allowances, price, now, owner),
+        ]
+        allowed = min((seconds for seconds in both if seconds is not None), default=None)
         lifetime = min(x for x in (spec.lifetime or LIFETIME, allowed, LONGEST) if x is not None)
         limits = {"lifetime": lifetime, "idle_limit": spec.idle_limit or IDLE_LIMIT}
         spec = spec.model_copy(update=limits)
         lasts = hard_stop(price, lifetime, spec.limit(), LONGEST)
         return spec, price, lasts, terms(price, lasts, spec.limit())
 
-    def _existing(self, notebook: str) -> Path:
-        config = self._held.config
-        roots = [config.project_dir, config.outputs_dir, *config.notebook_roots]
-        path = resolve_inside("notebook", notebook, config.project_dir, roots)
+    def _existing(self, notebook: str, owner: str) -> Path:
+        home = self._held.config.home(owner)
+        path = resolve_inside("notebook", notebook, home.base, list(home.roots))
         if not path.is_file():
             known = [
-                str(p.relative_to(config.outputs_dir.parent))
-                for p in config.outputs_dir.glob("*/*.ipynb")
+                str(p.relative_to(home.outputs.parent)) for p in home.outputs.glob("*/*.ipynb")
             ]
             raise NotFound("notebook", notebook, known)
         return path
@@ -147,8 +190,12 @@ class Starts:
         return found
 
     async def _start(self, start: Starting, order: Order) -> Session:
+        def in_line(place: int, length: int) -> None:
+            start.say(f"waiting for its turn: place {place} of {length}")
+
         try:
-            return await self._make(start, order)
+            async with self._turns.take(in_line):
+                return await self._make(start, order)
         except OSError as error:
             where = f" ({error.filename})" if error.filename else ""
             raise SandboxStartFailed(f"{why_not(error)}{where}") from error
@@ -165,11 +212,11 @@ class Starts:
         def report(text: str) -> None:
             start.say(config.redactor.text(text))
 
-        spec, price, lasts, start.terms = await self.price(spec)
+        spec, price, lasts, start.terms = await self.price(spec, owner)
         report(start.terms)
         seen = stamp(source) if source and not fork else None
         cells, metadata = read_notebook(source, as_copy=fork) if source else ([], None)
-        path = source if source and not fork else self._new_folder(name)
+        path = source if source and not fork else self._new_folder(name, owner)
         state_dir = self._held.sandbox_dir(handle)
         lock, notebook_lock = self._locked(state_dir, path, source)
         fault_point("start.locked")
@@ -193,6 +240,7 @@ class Starts:
                 now,
                 ends_by,
                 spec.limit(),
+                self._held.config.owner_allowances,
             )
         place = Place(
             handle,
@@ -309,12 +357,12 @@ class Starts:
 
         self._held.own(insist())
 
-    def _new_folder(self, name: str) -> Path:
+    def _new_folder(self, name: str, owner: str) -> Path:
         """The path of a new notebook in a folder of its own; an older one is never touched."""
         number = 1
         while True:
             stem = name if number == 1 else f"{name}-{number}"
-            folder = self._held.config.outputs_dir / stem
+            folder = self._held.config.home(owner).outputs / stem
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 folder.mkdir()

@@ -146,10 +146,10 @@ def tools(register: Register) -> list[Tool]:
             "budget": budget_dollars,
             "snapshot": from_snapshot,
         }
-        found = register.investigation(investigation) if investigation else None
+        found = register.investigation(investigation, owner()) if investigation else None
         spec = spec_of(asked, found.sandbox if found else None)
         if estimate:
-            price, terms = await register.price(spec)
+            price, terms = await register.price(spec, owner())
             return Answer(
                 f"{terms} Nothing was started.",
                 meta={"dollars_per_hour": price.per_second * 3600 if price else 0.0},

@@ -18,6 +18,10 @@ from ..render import Answer
 from ..text import printable
 
 LOCAL_OWNER = "local"
+# Tools whose call runs code that the caller chose, or puts it where it will be run.
+RUN_CODE = frozenset(
+    ["create_cell", "run_cell", "edit_cell", "load_model", "run_command", "write_file"]
+)
 ERROR_CHARACTERS = 8000
 
 Heartbeat = Callable[[str], Awaitable[None]]
@@ -35,6 +39,21 @@ def owner() -> str:
     """Who calls: the subject of the token, or the one user of a local server."""
     token = get_access_token()
     return LOCAL_OWNER if token is None else (token.subject or token.client_id)
+
+
+def scope_of(made: Tool) -> str:
+    """The scope that a token needs to call it."""
+    if made.name in RUN_CODE:
+        return "code:run"
+    return "sandboxes:write" if changes_something(made) else "sandboxes:read"
+
+
+def lacking_scope(made: Tool) -> str:
+    """What is wrong if the caller's token has not the scope; "" if it has, or no token is needed."""
+    token, needed = get_access_token(), scope_of(made)
+    if token is None or needed in token.scopes:
+        return ""
+    return f"{made.name} needs a token with the scope {needed}; this one has {', '.join(token.scopes) or 'none'}."
 
 
 def tool(

@@ -26,7 +26,8 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 
 from seer_mcp.backends.local import LocalBackend
-from seer_mcp.http import build_app
+from seer_mcp.http import Serving, build_app
+from seer_mcp.http.slow import Prompt
 from seer_mcp.kernel_host.identity import MARK
 from seer_mcp.kernel_host.limits import remove
 
@@ -107,6 +108,8 @@ class Endpoint:
         self.folder = folder
         self.port = port
         self.url = f"http://127.0.0.1:{port}/mcp"
+        self.register: Any = None
+        """That of a server in this process."""
 
     @asynccontextmanager
     async def lab(
@@ -123,13 +126,15 @@ class Endpoint:
 
 
 @asynccontextmanager
-async def http_server(config: Any) -> AsyncIterator[Endpoint]:
-    """`seer-mcp serve` in this process, on a free port of the loopback."""
+async def http_server(config: Any, **serving: Any) -> AsyncIterator[Endpoint]:
+    """`seer-mcp serve` in this process, on a free port of the loopback, with TOKEN or as `serving` says."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    app = build_app(config, "127.0.0.1", port, TOKEN)
-    settings = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, lifespan="on")
+    app = build_app(config, Serving("127.0.0.1", port, **(serving or {"token": TOKEN})))
+    settings = uvicorn.Config(
+        app, log_level="error", timeout_graceful_shutdown=1, lifespan="on", http=Prompt, ws="none"
+    )
     server = uvicorn.Server(settings)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
     task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -138,7 +143,9 @@ async def http_server(config: Any) -> AsyncIterator[Endpoint]:
             while not server.started:
                 assert not task.done(), "the HTTP server ended at once"
                 await asyncio.sleep(0.01)
-        yield Endpoint(config.project_dir.parent, port)
+        endpoint = Endpoint(config.project_dir.parent, port)
+        endpoint.register = app.state.seer.register
+        yield endpoint
     finally:
         server.should_exit = True
         async with asyncio.timeout(30):

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from seer_mcp.errors import BadInput
-from seer_mcp.http import build_app
+from seer_mcp.http import Serving
 
 from ..support import text_of
 from .ground import ERAS, TOKEN, Endpoint, Ground, http_server
@@ -98,10 +98,10 @@ async def test_a_foreign_host_or_origin_is_refused(place: Ground) -> None:
 def test_only_loopback_is_served(place: Ground) -> None:
     for host in ("0.0.0.0", "::", "", "192.168.0.1", "example.org", "127.0.0.1.evil.example"):
         with pytest.raises(BadInput, match="only loopback"):
-            build_app(place.config(), host, 8000, TOKEN)
+            Serving(host, 8000, TOKEN)
     for token in ("", "short", "with space in the middle of it", "x" * 19, "ümlaut" * 10):
         with pytest.raises(BadInput, match="token"):
-            build_app(place.config(), "127.0.0.1", 8000, token)
+            Serving("127.0.0.1", 8000, token)
 
 
 def test_the_command_line_refuses_another_host(place: Ground) -> None:

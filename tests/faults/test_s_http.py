@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx2
 import pytest
 
-from seer_mcp.http import build_app
+from seer_mcp.http import Serving, build_app
 
 from .ground import TOKEN, Ground, http_server
 
@@ -13,7 +13,9 @@ from .ground import TOKEN, Ground, http_server
 @pytest.mark.anyio
 async def test_s06_who_has_no_token_learns_nothing(place: Ground) -> None:
     config = place.config()
-    routes = {getattr(r, "path", "") for r in build_app(config, "127.0.0.1", 1, TOKEN).routes}
+    routes = {
+        getattr(r, "path", "") for r in build_app(config, Serving("127.0.0.1", 1, TOKEN)).routes
+    }
     guessed = {"/", "/mcp", "/mcp/", "/health", "/api", "/notebooks", "/sse", "/messages/", "/docs"}
     guessed |= {"/.env", "/../.env", "/%2e%2e/state/http-token", "/openapi.json", "/favicon.ico"}
     assert "/mcp" in routes
@@ -26,5 +28,6 @@ async def test_s06_who_has_no_token_learns_nothing(place: Ground) -> None:
                 answer = await http.request(method, server.url.removesuffix("/mcp") + path)
                 told = f"{answer.status_code} {dict(answer.headers)} {answer.text}"
                 assert answer.status_code in (200, 307, 401, 404, 405), told
-                assert answer.status_code != 200 or path.startswith("/.well-known/"), told
+                open_to_all = path.startswith("/.well-known/") or path in ("/healthz", "/readyz")
+                assert answer.status_code != 200 or open_to_all, told
                 assert [text for text in private if text in told] == [], path
