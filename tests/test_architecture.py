@@ -17,7 +17,7 @@ FLOORS = [
     ["cli", "__main__"],
     ["cloud_models", "demo", "doctor", "sandboxes", "serve"],
     ["http"],
-    ["server"],
+    ["server", "watch"],
     ["tools"],
     ["sessions"],
     ["backends"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import signal
+import time
 from pathlib import Path
 
 import uvicorn
@@ -14,11 +15,12 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from ..config import Config
 from ..files import private_dir, write_atomic
 from ..server import SeerServer, build_server
+from ..watch import Pages, ServerSource, Visitor, Visitors
 from .access import Access
 from .gate import Buckets, Gate, SameHost
 from .serving import Serving
@@ -67,6 +69,8 @@ def build_app(config: Config, serving: Serving) -> Starlette:
         SameHost, hosts=serving.names, origins=serving.origins, open_paths=OPEN_PATHS
     )
     app.router.routes.extend(health(server))
+    if serving.pages:
+        app.router.routes.extend(pages_of(server, access, serving))
     app.state.seer = server
     return app
 
@@ -80,6 +84,20 @@ def health(server: SeerServer) -> list[Route]:
         return PlainTextResponse("ready" if is_ready else "starting", 200 if is_ready else 503)
 
     return [Route("/healthz", alive), Route("/readyz", ready)]
+
+
+def pages_of(server: SeerServer, access: Access, serving: Serving) -> list[BaseRoute]:
+    """The watch page. Who signs in there may what the token may."""
+
+    async def check(token: str) -> Visitor | None:
+        found = await access.verify_token(token)
+        if found is None or (found.expires_at is not None and found.expires_at < time.time()):
+            return None
+        return Visitor(found.subject or found.client_id, frozenset(found.scopes))
+
+    source = ServerSource(server.register)
+    secure = serving.url.startswith("https:")
+    return Pages(source, Visitors(check), secure=secure).routes()
 
 
 async def serve_http(config: Config, serving: Serving) -> None:
