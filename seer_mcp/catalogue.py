@@ -115,7 +115,7 @@ def _technique_detail(pack: Pack, technique: Technique) -> str:
         technique.description,
     ]
     for heading, field in SECTIONS.items():
-        text = getattr(technique, field)
+        text = technique.cell if heading == "Example" else getattr(technique, field)
         if text:
             parts.append(f"{heading}:\n{_indent(text)}")
     return "\n\n".join(part for part in parts if part)
@@ -135,13 +135,15 @@ def _bounded(text: str) -> str:
 # Search
 
 _STOP_WORDS = """
-a an and any are as at be been but by can could did do does for from had has have how i if in into
+a about an and any are as at be been but by can could did do does for from get had has have how i
+if in into
 is it its me model models my no not of on one or should so some something than that the their them
-then there these they thing this to two use used want was we were what when where whether which who why
+then there these they thing this to use used want was we were what when where whether which who why
 will with would you your
 """
 _STOP = frozenset(_STOP_WORDS.split())
 _ENDINGS = (
+    *(("ization", "iz"), ("isation", "is")),
     *(("ies", "i"), ("ied", "i"), ("ing", ""), ("ed", ""), ("al", ""), ("es", "")),
     *(("ss", "ss"), ("us", "us"), ("is", "is"), ("as", "as"), ("s", "")),
 )
@@ -157,6 +159,7 @@ elicit extract reveal leak confess
 finetune finetuning train training tune tuned adapter lora
 change differ difference diff disagree diverge compare comparison
 activation hidden state internal inside residual stream
+capture extract record cache embedding
 layer depth block early late middle
 decide decision determine emerge form arise stop commit
 cause causal responsible matter patch patching effect localize locate
@@ -173,7 +176,13 @@ remove erase ablate delete ablation
 interpret explain explanation describe mean meaning verbalize
 introspect introspection report notice aware
 visualize plot draw picture
-tokenize tokenizer split
+tokenize tokenizer tokenization token split
+architecture anatomy structure
+persona character personality trait
+caa contrastive contrast pair
+repe representation engineering
+belief preference opinion bias favourite
+refusal harmful harmless
 """
 
 
@@ -247,6 +256,7 @@ def _weighted_words(pack: Pack, technique: Technique) -> Counter[str]:
         (technique.args, 1),
         (technique.returns, 1),
         (technique.controls, 1),
+        (technique.paper, 1),
         (technique.example, 1),
     ):
         for word in _words(text):
@@ -269,7 +279,7 @@ def _stem(word: str) -> str:
         word = word[:-1]
     if len(word) > 3 and word[-1] in "ey":
         word = word[:-1] + ("i" if word[-1] == "y" else "")
-    return word
+    return f"{word[:-2]}is" if len(word) > 5 and word.endswith("iz") else word  # -ize, -ise
 
 
 def _alike() -> dict[str, set[str]]:

@@ -75,6 +75,12 @@ class Technique:
     def full_name(self) -> str:
         return f"{self.pack}.{self.name}"
 
+    @property
+    def cell(self) -> str:
+        """The example as a cell that runs where `m` is loaded and nothing else is there."""
+        needs_torch = re.search(r"\btorch\.", self.example) and "import torch" not in self.example
+        return f"import torch\n{self.example}" if needs_torch else self.example
+
 
 @dataclass(frozen=True)
 class Pack:

@@ -334,7 +334,8 @@ def output(
         TextError: a text that does not fit this model.
 
     Use when:
-        First, of all differences: it needs no layer and no position to be chosen.
+        You ask where two models disagree. First, of all differences: it needs no layer and no
+        position to be chosen.
 
     Not when:
         Behaviour is equal on the texts you have: a trigger that is not in them shows nothing.

@@ -96,7 +96,8 @@ def elicit(
 
     Use when:
         You suspect that the model knows, believes or keeps something (a secret, a belief about the
-        user, an ability it holds back), and asking does not bring it out. Try this first.
+        user, a hidden preference, an ability it holds back), and asking does not bring it out. Try
+        this first.
 
     Not when:
         You cannot say what counts as telling: `generate` and read. What the model does without
