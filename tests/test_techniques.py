@@ -150,7 +150,10 @@ numbers = next_token(m, chat)['top_logprobs'], read(m, chat, 'all', 'last')['res
 """
 
 
-@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize(
+    "name",
+    ["steer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("capture", "elicit"))],
+)
 async def test_a_long_call_that_is_interrupted_leaves_the_model_as_it_was(
     loaded: tuple[Lab, str], name: str
 ) -> None:
