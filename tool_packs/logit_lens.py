@@ -14,6 +14,7 @@ from tool_packs.engine import Steer
 from tool_packs.errors import ModelError, TextError
 from tool_packs.prompts import Position, Text, read, resolve, token_strings, word_ids
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
+from tool_packs.structure import require_numbers
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
@@ -361,6 +362,7 @@ def _read(
 
     for rows in h.split(max(1, CHUNK // (4 * m.vocab_size))):
         logits = m.unembed(m.norm(rows))  # [x, V]
+        require_numbers(m.core, logits)
         logprobs = logits.log_softmax(-1)
         top = logprobs.topk(min(k, logits.shape[-1]), dim=-1)
         keep("top_ids", top.indices)

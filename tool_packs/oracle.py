@@ -406,7 +406,7 @@ def _states(
         )
     states = collect(m, prompts, index, where)["resid_post"]
     if not states.isfinite().all():
-        raise TextError("the activations hold nan or inf: is the model in half precision?")
+        raise TextError("the activations hold NaN or inf: is the model in half precision?")
     return states, slots
 
 
