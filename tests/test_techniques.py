@@ -50,7 +50,20 @@ async def test_every_technique_says_all_that_is_needed(loaded: tuple[Lab, str]) 
 async def test_every_example_of_every_technique_runs_in_a_kernel(loaded: tuple[Lab, str]) -> None:
     """As list_techniques shows them, in one kernel that has nothing but `m`; packs to come too."""
     lab, sandbox = loaded
-    await run(lab, sandbox, "from tool_packs.result import Result\nnames = set(globals())")
+    await run(
+        lab,
+        sandbox,
+        "def check(r):\n"
+        "    import tempfile\n"
+        "    from tool_packs.result import Result\n"
+        "    assert isinstance(r, Result), type(r)\n"
+        "    again = Result.load(r.save(tempfile.mkdtemp()))\n"
+        "    assert (repr(again), again.provenance) == (repr(r), r.provenance)\n"
+        "    assert r.provenance.model and r.provenance.fingerprint and r.provenance.made_at\n"
+        "    assert len(r.summary()) <= 1500 and (not r.rows or r.table())\n"
+        "    print('figure' if r.figure else 'no figure')\n"
+        "names = set(globals())",
+    )
     forget = "for name in set(globals()) - names - {'names', 'name'}: del globals()[name]"
     results = 0
     for technique in TECHNIQUES:
@@ -61,18 +74,15 @@ async def test_every_example_of_every_technique_runs_in_a_kernel(loaded: tuple[L
         ran = text_of(await lab.cell(sandbox, source))
         assert ": complete in" in ran.splitlines()[0], f"{technique.full_name}: {ran}"
         if technique.signature.endswith("-> Result") or re.search(r"^\s*r = ", source, re.M):
-            result = await run(
-                lab, sandbox, "print(isinstance(r, Result), r.figure is not None)\nr"
-            )
+            result = await lab.cell(sandbox, "check(r)\nr")
             text = text_of(result)
-            told, drawn = re.search(r"^(True|False) (True|False)$", text, re.M).groups()
-            assert told == "True", f"{technique.full_name}: r is no Result"
+            assert ": complete in" in text.splitlines()[0], f"{technique.full_name}: {text}"
             # The last line of a summary: the model, how much it read, and how long that took.
             assert re.search(
                 r"^organism:user_female.*, \d+ prompts, seed \w+, [\d.]+ s$", text, re.M
             ), f"{technique.full_name}: {text}"
             images = [block for block in result.content if block.type == "image"]
-            assert len(images) == (drawn == "True"), technique.full_name
+            assert len(images) == ("no figure" not in text), technique.full_name
             results += 1
         await run(lab, sandbox, forget)
     assert results >= 20
@@ -182,7 +192,12 @@ async def test_a_long_call_that_is_interrupted_leaves_the_model_as_it_was(
         if "in the middle" in shown:
             break
     assert "in the middle" in shown and "goes on by itself" in shown, shown
-    assert "interrupted after" in await lab.ok("interrupt", sandbox=sandbox)
+    ended = text_of(await lab.call("interrupt", sandbox=sandbox))
+    for _ in range(60):  # IPython takes its time to write a long traceback on a busy machine
+        if "interrupted after" in ended:
+            break
+        ended = await lab.ok("read_outputs", sandbox=sandbox, wait=1)
+    assert "interrupted after" in ended
     cell = read_cells(await lab.notebook_path(sandbox))[-1]
     errors = [output for output in cell["outputs"] if output["output_type"] == "error"]
     if errors:
