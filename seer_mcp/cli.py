@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from . import __version__
 from .cloud_models import run_cloud_models
@@ -20,6 +21,32 @@ from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
 from .model_store.command import add_models, run_models
 from .sandboxes import add_sandboxes, run_sandboxes
+from .sessions import make_folders
+
+N = TypeVar("N", int, float)
+
+
+def above_zero(text: str) -> float:
+    return checked(float, text, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def count(text: str) -> int:
+    return checked(int, text, lambda value: value >= 0, "a whole number, 0 or more")
+
+
+def port(text: str) -> int:
+    return checked(int, text, lambda value: 1 <= value <= 65535, "a port (1 to 65535)")
+
+
+def checked(kind: Callable[[str], N], text: str, fits: Callable[[N], bool], what: str) -> N:
+    """A number of the command line; argparse says it if it is none that fits."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,19 +98,19 @@ def parser() -> argparse.ArgumentParser:
     )
     common.add_argument(
         "--idle-minutes",
-        type=float,
+        type=above_zero,
         metavar="N",
         help="a sandbox without use ends itself after N minutes (default: 120)",
     )
     common.add_argument(
         "--max-wait",
-        type=float,
+        type=above_zero,
         metavar="S",
         help="the longest that one tool call waits, in seconds (default: 45)",
     )
     common.add_argument(
         "--output-cap",
-        type=int,
+        type=count,
         metavar="BYTES",
         help="how much output of one run is kept (default: 200000000)",
     )
@@ -101,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     )
     common.add_argument(
         "--audit-code",
-        type=int,
+        type=count,
         metavar="CHARACTERS",
         help="how much of each piece of code the audit file keeps beside its hash (default: 4000)",
     )
@@ -120,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
         "serve", parents=[common], help="serve over HTTP on loopback, with a bearer token"
     )
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8757)
+    serve.add_argument("--port", type=port, default=8757)
     serve.add_argument(
         "--token-file",
         metavar="FILE",
@@ -245,8 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.command == "doctor":
             return asyncio.run(run_doctor(config, flags.only, flags.fix, flags.json))
         if flags.command == "serve":
-            from .http import kept_token, serve_http
+            from .http import checked_host, kept_token, serve_http
 
+            checked_host(flags.host)
+            make_folders(config)
             path = Path(flags.token_file) if flags.token_file else kept_token(config.state_dir)
             print(
                 f"seer-mcp on http://{flags.host}:{flags.port}/mcp; the bearer token is in {path}",
@@ -256,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             from .server import serve_stdio
 
+            make_folders(config)  # a client shows one sentence rather than a traceback
             asyncio.run(serve_stdio(config))
     except (SeerError, OSError) as error:
         print(f"seer-mcp: {error}", file=sys.stderr)

@@ -58,14 +58,18 @@ def checked_token(token: str) -> str:
     return token
 
 
-def build_app(config: Config, host: str, port: int, token: str) -> Starlette:
-    """The ASGI application. Every request needs the token; Host and Origin must be ours."""
+def checked_host(host: str) -> None:
     if host not in LOOPBACK:
         raise BadInput(
             "host",
             host,
             f"only loopback is served ({', '.join(LOOPBACK)}); put a proxy with TLS before it",
         )
+
+
+def build_app(config: Config, host: str, port: int, token: str) -> Starlette:
+    """The ASGI application. Every request needs the token; Host and Origin must be ours."""
+    checked_host(host)
     token = checked_token(token)
     config.redactor.know({"MCP_TOKEN": token})
     url = f"http://{host}:{port}"

@@ -35,7 +35,7 @@ from pydantic import ValidationError
 
 from . import __version__
 from .config import Config
-from .errors import NotFound, SeerError
+from .errors import NotFound, Refused, SeerError
 from .kernel_host.fault import fault_point
 from .logs import drain_stderr
 from .packs import Packs
@@ -121,10 +121,13 @@ class SeerServer(MCPServer[None]):
         except ToolError as error:
             if isinstance(error.__cause__, ValidationError):
                 return failure(argument_errors(tool, error.__cause__))
-            known_error = known_failure(error)
-            if known_error is None:
+            known = known_failure(error)
+            if known is None:
                 raise ToolError(self.register.config.redactor.text(str(error))) from error
-            return failure(str(known_error))
+            if isinstance(known, OSError):  # no tool expected it: the log says where it came from
+                self.register.observer.refused(name, known)
+                known = Refused(known)
+            return failure(str(known))
 
     def on_request(self, method: str, params: type[Any], handler: Any) -> None:
         """Serve a method for which MCPServer has no decorator."""

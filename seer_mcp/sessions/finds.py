@@ -33,6 +33,7 @@ class Finds:
         """Take over what no living server holds; what is wrong with the rest, in sentences."""
         notes: list[str] = []
         async with self._scanning:
+            notes += self._held.restore()
             folders = sorted((self._held.config.state_dir / "sandboxes").iterdir())
             ours = (
                 self._held.sessions.keys() | self._held.starting.keys() | self._held.ending.keys()

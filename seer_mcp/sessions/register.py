@@ -37,6 +37,16 @@ BILLED = "modal"  # the backend that costs money, and its folder under the state
 NOTED_SECONDS = 300.0  # and two notes of it
 
 
+def make_folders(config: Config) -> None:
+    """The private folders of a server. Raises BadInput for one that cannot be used."""
+    for folder in (config.state_dir, config.state_dir / "sandboxes", config.runtime_dir):
+        try:
+            private_dir(folder)
+        except OSError as error:
+            why = f"it cannot be made or used ({error.strerror}); name another"
+            raise BadInput("folder", str(folder), why) from error
+
+
 class Register:
     def __init__(self, config: Config, packs: Packs) -> None:
         self.config = config
@@ -62,9 +72,7 @@ class Register:
 
     async def open(self) -> None:
         """Make the folders, and begin to look for sandboxes of earlier servers."""
-        private_dir(self.config.state_dir)
-        private_dir(self.config.state_dir / "sandboxes")
-        private_dir(self.config.runtime_dir)
+        make_folders(self.config)
         self.observer.open(on_exit=self.config.on_exit)
         try:
             self.config.outputs_dir.mkdir(parents=True, exist_ok=True)
