@@ -226,6 +226,33 @@ def _named(prompt: Prompt, name: str) -> list[int]:
     return [index]
 
 
+def positions_of(m: Model, prompt: Prompt, piece: str) -> list[int]:
+    """Indices of the tokens that hold the last occurrence of `piece` in the prompt's text.
+
+    Raises:
+        TextError: it does not occur, or the tokenizer keeps no offsets.
+    """
+    at = prompt.text.rfind(piece) if piece else -1
+    if at < 0:
+        raise TextError(f"{piece!r} does not occur in {prompt.text[-80:]!r}")
+    if not m.tokenizer.is_fast:
+        raise TextError(
+            f"the tokenizer of {m.name} does not tell where {piece!r} is: give a position as an int"
+        )
+    encoded = m.tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = tuple(encoded["input_ids"])
+    # Plain text got special tokens around it that the text itself does not hold.
+    shift = next(
+        (k for k in range(len(prompt) - len(ids) + 1) if prompt.ids[k : k + len(ids)] == ids), None
+    )
+    held = [
+        t for t, (a, b) in enumerate(encoded["offset_mapping"]) if a < at + len(piece) and b > at
+    ]
+    if shift is None or not held:
+        raise TextError(f"no token of this prompt holds {piece!r}: give a position as an int")
+    return [t + shift for t in held]
+
+
 def token_strings(m: Model, ids: Sequence[int]) -> list[str]:
     """Each token as readable text, one string a token."""
     return [m.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
