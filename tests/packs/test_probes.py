@@ -239,6 +239,30 @@ def test_every_text_is_tested_by_a_probe_that_saw_neither_it_nor_its_partner(lla
     assert mean[r.provenance.arguments["layer"]] == mean.max()
 
 
+def test_the_auroc_of_a_probe_is_the_one_that_scikit_learn_gets_fold_by_fold(llama):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
+    # The last word is the same on both sides: no layer tells them perfectly.
+    r = probe(llama, SHE, HE, n_null=1, site="attn_out", control_task=False, C=0.01)
+    x = capture(llama, SHE + HE, sites="attn_out")["attn_out"][:, :, 0].double()  # [N, L, d]
+    y, fold = torch.arange(20) < 10, r["fold"]
+    want = torch.zeros(llama.n_layers)
+    for layer in range(llama.n_layers):
+        for f in range(4):
+            train, test = (fold != f) & (fold != (f + 1) % 4), fold == f
+            a = x[train, layer]
+            middle, scale = a.mean(0), (a - a.mean(0)).square().mean().sqrt()
+            peer = LogisticRegression(C=0.01, tol=1e-10, solver="newton-cholesky")
+            peer.fit(((a - middle) / scale).numpy(), y[train].numpy())
+            scores = peer.decision_function(((x[test, layer] - middle) / scale).numpy())
+            pairs = (y & test).sum() * (~y & test).sum()
+            want[layer] += pairs * roc_auc_score(y[test].numpy(), scores)
+    pairs = sum((y & (fold == f)).sum() * (~y & (fold == f)).sum() for f in range(4))
+    assert torch.allclose(r["auroc"], want / pairs, atol=1e-6)
+    assert 0.3 < r["auroc"].min() < 1
+
+
 def test_labels_without_meaning_are_at_chance_and_the_summary_says_so(llama):
     rng = random.Random(5)
     texts = [f"{a} {b} the" for a in PLACES for b in PLACES[:4]]
