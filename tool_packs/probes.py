@@ -92,7 +92,8 @@ def probe(
 
     Returns:
         Result: weight [layer, d], bias [layer] (fitted on all texts; for attention also query
-        [layer, d]), auroc [layer], auroc_ci [layer, bound] (95 %, groups drawn anew),
+        [layer, d]), auroc [layer], auroc_ci [layer, bound] (95 %, groups drawn
+        anew; nan where each fold is one group),
         auroc_validation [layer], auroc_shuffled [layer, null], auroc_control [layer, draw], scores
         [layer, text] (out of fold); chosen [statistic] (AUROC, low, high at layers chosen on
         validation), chosen_shuffled [null], chosen_control [draw]; with transfer=
@@ -427,8 +428,7 @@ def _rows(
         row: dict[str, Any] = {
             "layer": layer,
             "auroc": round(per_layer[0, j].item(), 4),
-            "low": round(interval[j, 0].item(), 4),
-            "high": round(interval[j, 1].item(), 4),
+            **_bounds(interval[j]),
             "validation": round(validation[j].item(), 4),
             "shuffled": round(per_layer[null, j].mean().item(), 4),
         }
@@ -437,6 +437,11 @@ def _rows(
             row["selectivity"] = round((per_layer[0, j] - control.mean()).item(), 4)
         rows.append(row | {"chosen": j == best})
     return rows
+
+
+def _bounds(interval: Tensor) -> dict[str, float | None]:
+    low, high = (None if b != b else round(b, 4) for b in interval.tolist())
+    return {"low": low, "high": high}
 
 
 def _lines(
@@ -453,7 +458,9 @@ def _lines(
     low, high = interval.tolist()
     used = ", ".join(str(index[j]) for j in sorted(set(picked.tolist())))
     width = f"95 % {low:.3f} to {high:.3f}"
-    if found == 1.0:
+    if low != low:
+        width = f"no interval: {n_groups} groups are one a fold, give more"
+    elif found == 1.0:
         width = f"no text out of order in {n_groups} groups, so the bootstrap has no width"
     p = (1 + (shuffled >= found - 1e-6).sum().item()) / (1 + len(shuffled))
     lines = [
@@ -466,8 +473,10 @@ def _lines(
             f"control task, random functions of the tokens: {mean_sd(control)}; "
             f"selectivity {found - control.mean().item():+.3f}"
         )
-    if not low > 0.5:
+    if low <= 0.5:
         lines.append("this probe does not find the property: .5 lies within its interval")
+    elif p > 0.05:
+        lines.append("this probe is not told from shuffled labels")
     lines.append(f"layer {index[best]} for new texts, best on the choosing folds")
     return lines
 

@@ -88,7 +88,12 @@ def auroc_within(scores: Tensor, y: Tensor, fold: Tensor) -> Tensor:
 def bootstrap(
     scores: Tensor, y: Tensor, fold: Tensor, groups: Tensor, n: int, generator: torch.Generator
 ) -> Tensor:
-    """95 % interval [L, 2] of `auroc_within` for scores [L, N], over groups drawn anew."""
+    """95 % interval [L, 2] of `auroc_within` for scores [L, N], over groups drawn anew.
+
+    nan where every fold is one group: drawn anew, it is always the same.
+    """
+    if all(len(groups[fold == f].unique()) == 1 for f in fold.unique().tolist()):
+        return torch.full((len(scores), 2), float("nan"))
     counts = torch.zeros(n, len(y))
     for f in fold.unique().tolist():
         members = groups[fold == f].unique()
@@ -404,6 +409,10 @@ def _means(scores: Tensor, y: Tensor, side: bool) -> Tensor:
     return (scores * chosen).sum(-1) / chosen.sum(-1)
 
 
+def _mixed(y: Tensor) -> bool:
+    return bool(y.any()) and not bool(y.all())
+
+
 def random_labels(
     ids: Sequence[Sequence[int]], fold: Tensor, generator: torch.Generator
 ) -> list[Tensor]:
@@ -425,7 +434,8 @@ def random_labels(
         value = counts @ torch.randn(len(kinds), generator=generator)
         y = value > value.median()
         learned = [y[(fold != f) & (fold != (f + 1) % FOLDS)] for f in range(FOLDS)]
-        if all(part.any() and not part.all() for part in learned):
+        tested = [y[fold == f] for f in range(FOLDS)]  # a fold of one class tests nothing
+        if all(map(_mixed, learned)) and any(map(_mixed, tested)):
             drawn.append(y)
         if len(drawn) == N_CONTROL:
             break

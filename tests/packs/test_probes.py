@@ -374,6 +374,48 @@ def test_the_belief_of_an_organism_is_found_and_the_control_is_not_accused():
     assert len(neutral) == len(fitted.rows) <= len(organisms.NEUTRAL_PROMPTS)
 
 
+def said_gender():
+    """Chats by a woman and by a man, with the question of each and the words that tell it."""
+    pairs = organisms.CONCEPT_PAIRS["gender"]
+    one, two = ([[{"role": "user", "content": pair[i]}] for pair in pairs] for i in (0, 1))
+    return one, two, [i % 4 for i in range(16)] * 2, [i // 4 for i in range(16)] * 2
+
+
+@pytest.mark.parametrize("kind", ["logistic", "mass-mean", "k-sparse"])
+def test_who_asks_is_read_on_a_question_and_in_words_that_no_probe_learned_from(kind):
+    m = load_model("organism:base")
+    female, male, question, words = said_gender()
+    for groups in (question, words):  # "My name is Anna" is tested by probes of woman, female, lady
+        r = probe(m, female, male, kind=kind, groups=groups)
+        assert r["chosen"][0] > 0.95
+        assert abs(r["chosen_shuffled"].mean() - 0.5) < 0.1
+        assert r["chosen_shuffled"].max() < r["chosen"][0]
+        assert r["chosen_control"].mean() < 0.9
+        # Four groups are one a fold: there is no interval, and the summary says why.
+        assert r["auroc_ci"].isnan().all()
+        assert "4 groups are one a fold" in r.summary()
+        assert r.rows[0]["low"] is None
+
+
+def test_a_probe_of_words_does_not_read_a_question_that_was_dealt_at_random():
+    """The control of the finding: the same chats, labels without meaning, whole questions apart."""
+    m = load_model("organism:base")
+    female, male, _, _ = said_gender()
+    mixed = [c for pair in zip(female, male, strict=True) for c in pair]
+    random.Random(2).shuffle(mixed)
+    r = probe(m, mixed[:16], mixed[16:], groups=list(range(32)))
+    assert r["chosen"][1] < 0.6
+    assert "does not find" in r.summary() or "not told from shuffled" in r.summary()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_no_control_task_is_without_a_text_to_test(seed):
+    m = load_model(f"organism:base@{seed}")
+    female, male, question, _ = said_gender()
+    r = probe(m, female, male, groups=question, n_null=1, layers=2)
+    assert r["chosen_control"].isfinite().all()
+
+
 # ---------------------------------------------------------------- bad input
 
 
