@@ -106,10 +106,6 @@ def test_components_are_those_of_repeng_up_to_the_layer_that_it_reads_after_the_
     got = ours(REPENG, m, method=method)
     for layer in range(1, m.n_layers - 1):
         cosine = cosines(got[layer], [case[str(layer)]])
-        if (
-            method == "pca-centred"
-        ):  # what pairs share is gone, so which end is positive is a choice:
-            cosine = cosine.abs()  # ours is that of the means, repeng's that of most pairs
         assert cosine >= 0.999, layer
     # At the last layer repeng's hidden_states[-1] is after the final norm. Read there, it agrees.
     last = str(m.n_layers - 1)
