@@ -89,6 +89,7 @@ def batches(m: Model, prompts: Sequence[Prompt], *, rows: int | None = None) -> 
         full = bucket and (
             (len(bucket) + 1) * longest > m.batch_tokens
             or longest > 1.5 * len(prompts[bucket[0]]) + 16  # more padding than it saves
+            or (longest > len(prompts[bucket[0]]) and not m.ignores_padding)
             or (rows is not None and len(bucket) >= rows)
         )
         if full:
