@@ -84,7 +84,7 @@ def fit_jacobian_lens(
         r.rows[0]
     """
     started = time.perf_counter()
-    index = _fitted_layers(m, layers)
+    index = fitted_layers(m, layers)
     if rows < 1 or skip < 0 or max_tokens < skip + 2:
         raise TextError(
             f"rows={rows}, skip={skip}, max_tokens={max_tokens}: rows is at least 1, "
@@ -99,7 +99,7 @@ def fit_jacobian_lens(
             f"the last one: give texts of at least {skip + 2} tokens, or a smaller skip"
         )
     halves = [torch.zeros(len(index), m.width, m.width) for _ in range(2)]
-    with _frozen(m):
+    with frozen(m):
         for i, ids in enumerate(progress(usable)):
             halves[i % 2] += _jacobian(m, ids, index, skip, min(rows, m.width))
     mean = (halves[0] + halves[1]) / len(usable)  # [L, d, d]
@@ -242,7 +242,7 @@ def jacobian_lens(
 # Fitting
 
 
-def _fitted_layers(m: Model, layers: Layers) -> list[int]:
+def fitted_layers(m: Model, layers: Layers) -> list[int]:
     last = m.n_layers - 1
     if is_all(layers):
         if last == 0:
@@ -259,7 +259,7 @@ def is_all(layers: Layers) -> bool:
 
 
 @contextlib.contextmanager
-def _frozen(m: Model) -> Iterator[None]:
+def frozen(m: Model) -> Iterator[None]:
     """Within this no weight has a gradient, so that the graph begins at the first layer asked for."""
     learning = [p for p in m.hf.parameters() if p.requires_grad]
     for parameter in learning:
@@ -301,15 +301,13 @@ def _jacobian(m: Model, ids: Sequence[int], layers: Sequence[int], skip: int, ro
         )
     if not target.isfinite().all():
         raise ModelError(f"{m.name}: states of the last layer are not finite: try dtype='float32'")
-    where = torch.arange(skip, len(ids) - 1, device=target.device)
     out = torch.zeros(len(layers), m.width, m.width)
     for start in range(0, m.width, rows):
         count = min(rows, m.width - start)
-        row = torch.arange(count, device=target.device)
-        cotangent = torch.zeros_like(target)
         # At every position at once: the gradient at t is the sum over t' >= t, for the model is
         # causal.
-        cotangent[row[:, None], where[None], start + row[:, None]] = 1.0
+        cotangent = torch.zeros_like(target)
+        cotangent[:count, skip:-1, start : start + count] = torch.eye(count)[:, None].to(target)
         gradients = torch.autograd.grad(
             target,
             [seen[layer] for layer in layers],
@@ -317,15 +315,14 @@ def _jacobian(m: Model, ids: Sequence[int], layers: Sequence[int], skip: int, ro
             retain_graph=start + rows < m.width,
         )
         for j, gradient in enumerate(gradients):
-            mine = gradient[:count, where.to(gradient.device)].float().mean(1)  # [count, d]
-            out[j, start : start + count] = mine.cpu()
+            out[j, start : start + count] = gradient[:count, skip:-1].float().mean(1).cpu()
     return out
 
 
-def progress(items: Sequence[Any]) -> Any:
+def progress(items: Sequence[Any], what: str = "Jacobian lens") -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(items, desc="Jacobian lens", leave=False)
+    return tqdm(items, desc=what, leave=False)
 
 
 # Using a lens

@@ -107,13 +107,13 @@ def lens_grid(
 ) -> Result:
     """What `logit_lens` does, with states [X, d] of a layer carried to the last by `carry` first.
 
-    `carry` is that of a fitted `lens`.
+    `carry` is that of a trained `lens`.
 
     A lens that carries has the plain logit lens beside it: `kl` and `kl_logit`, the divergence of
     each from the model's own prediction at that position.
     """
     started = time.perf_counter()
-    _refuse_inexact(m)
+    refuse_inexact(m)
     prompts = read(m, text)
     index = m.layer_indices(layers)
     where = [resolve(prompt, positions) for prompt in prompts]
@@ -165,7 +165,7 @@ def lens_grid(
     if lens is not None and lens.provenance.fingerprint != m.fingerprint():
         fitted = lens.provenance
         lines.append(
-            f"the lens was fitted on other weights: {fitted.model}, "
+            f"the lens was trained on other weights: {fitted.model}, "
             + (f"adapter {fitted.adapter}" if fitted.adapter else "no adapter")
         )
     if groups:
@@ -306,7 +306,7 @@ def lens_vector(
         r.rows[0]["top"], r.rows[0]["cat"], r.rows[0]["p(cat)"]
     """
     started = time.perf_counter()
-    _refuse_inexact(m)
+    refuse_inexact(m)
     rows_in = _as_rows(m, vec)  # [R, d]
     groups = _groups(m, track)
     found = _read(m, rows_in, k, groups, both_ends=True)
@@ -373,7 +373,7 @@ def lens_vector(
     )
 
 
-def _refuse_inexact(m: Model) -> None:
+def refuse_inexact(m: Model) -> None:
     if not m.lens_exact:
         raise ModelError(
             f"{m.name}: unembed(norm(last layer)) is off the model's logits by "

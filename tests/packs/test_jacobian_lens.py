@@ -48,7 +48,7 @@ def naive_jacobian(m, ids, layer, skip):
     return full[inside, :, inside].sum(0).mean(1)
 
 
-@pytest.mark.parametrize("name", ["gemma2-lora", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma2-lora", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_fit_is_the_mean_of_naive_jacobians(models, name):
     m = models[name]
     skip, layer = 2, 1
