@@ -291,7 +291,10 @@ def _check(s: Structure, norms: list[nn.Module]) -> None:
             'name the residual layers: load_model(name, layers="path.to.the.layers")'
         )
     for i, block in enumerate(s.layers):
-        parts = [(part, seen[i, name]) for name, part in _writers(block) if (i, name) in seen]
+        children = dict(_writers(block))
+        # `seen` is in the order in which they ran; Bamba defines its MLP before its attention.
+        ran = [key[1] for key in seen if isinstance(key, tuple) and key[0] == i]
+        parts = [(children[name], seen[i, name]) for name in ran]
         start = seen["in", i]
         added = seen["out", i] - start.to(seen["out", i].device)
         s.attn_out[i], s.mlp_out[i] = _residual_writers(parts, added)
