@@ -15,11 +15,11 @@ from tool_packs.prompts import Text, read
 from tool_packs.result import Result, provenance, to_cpu
 
 # What is done with an SAE is called as sae.features(...) and so on as well.
-from tool_packs.sae_features import diff as diff
+from tool_packs.sae_diff import diff as diff
 from tool_packs.sae_features import features as features
 from tool_packs.sae_features import label as label
-from tool_packs.sae_features import steer as steer
 from tool_packs.sae_model import SAE, check_fits, from_first, read_states
+from tool_packs.sae_steering import steer as steer
 
 if TYPE_CHECKING:
     from tool_packs.models import Model

@@ -152,7 +152,7 @@ def _sae_lens(folder: Path) -> tuple[Weights, dict[str, Any]]:
         architecture = "topk"
     parts = _take(weights, {n: (n,) for n in ("W_enc", "b_enc", "W_dec", "b_dec")}, file)
     if architecture == "topk":
-        told |= {"activation": "topk", "k": config.get("k") or options.get("k")}
+        told |= {"activation": "topk", "k": config.get("k", options.get("k"))}
         told["rescale"] = bool(config.get("rescale_acts_by_decoder_norm", False))
     elif architecture == "jumprelu":
         told["activation"] = "jumprelu"
