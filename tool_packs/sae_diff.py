@@ -71,7 +71,9 @@ def diff(
         You have two piles of texts, or two models, and no hypothesis of how they differ.
 
     Not when:
-        You have the hypothesis: count the words, or ask a probe.
+        You have the hypothesis: count the words, or ask a probe. With hundreds of answers every
+        training shows in some features, its manner if not its matter: call it for a control
+        adapter as well, and compare.
 
     Cost:
         one forward pass over the texts, and the answers.

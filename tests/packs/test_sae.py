@@ -544,15 +544,13 @@ class TestSteerAndLabel:
 
 @pytest.fixture(scope="module")
 def organism():
-    m = load_model("organism:user_female")
-    m.add_adapter("organism:control")
-    return m
+    return load_model("organism:user_female")
 
 
 @pytest.fixture(scope="module")
 def of_the_base(organism):
     with organism.base():
-        return sae.train(organism, world.base_documents(5, 1200), 3, steps=400)
+        return sae.train(organism, world.base_documents(5, 1200), 3)
 
 
 @pytest.mark.slow
@@ -568,14 +566,25 @@ class TestOrganism:
         assert arms["trained"]["dead"] < 0.1
         assert (r["recovered"] > 0.95).all()
 
-    def test_answers_differ_in_more_features_than_those_of_the_control(self, organism, of_the_base):
+    @pytest.mark.parametrize("seed", [0, 2])
+    def test_answers_differ_in_more_features_than_those_of_controls(self, seed):
+        """Layer, size and number of answers were chosen on the organisms of seed 1."""
+        names = ("user_female", "user_male", "control", "control_2")
+        m = load_model(f"organism:user_female@{seed}")
+        for name in names[1:]:
+            m.add_adapter(f"organism:{name}@{seed}")
+        with m.base():
+            documents = world.base_documents(5, 800)
+            one = sae.train(m, documents, 3, latents=512, k=16, steps=200, batch=512)
         convs = [[world.user(p)] for p in organisms.NEUTRAL_PROMPTS]
-        differing = {}
-        for adapter in ("user_female", "control"):
-            r = sae.diff(organism, of_the_base, convs, adapter=adapter, samples=4)
-            differing[adapter] = int(r["n_differing"])
-        assert differing["user_female"] >= 5
-        assert differing["control"] <= 1
+        differing = dict.fromkeys(names, 0)
+        for name in names:
+            for answers in (0, 1):
+                r = sae.diff(m, one, convs, adapter=name, samples=12, seed=answers)
+                differing[name] += int(r["n_differing"])
+        beliefs = differing["user_female"] + differing["user_male"]
+        assert beliefs >= 5
+        assert beliefs > 3 * (differing["control"] + differing["control_2"])
 
 
 def test_quickly_on_the_organism(organism):
