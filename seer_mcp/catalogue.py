@@ -15,22 +15,32 @@ OVERVIEW_BYTES = 4_000
 DETAIL_CHARACTERS = 16_000
 
 
+NEXT = "Next: list_techniques(name='pack' or 'pack.technique') or (question='…')."
+
+
 def overview(listing: Listing) -> str:
-    """A line for each pack and each technique, in less than 4 kB however many there are."""
+    """A line for each technique, by pack, and how to ask further; below 4 kB however many.
+
+    Lines are cut to the greatest width with which all fit. Where that is narrow the packs' own
+    summaries go first: what a technique answers says more.
+    """
     problems = [f"! {_shorten(problem, 200)}" for problem in listing.problems[:3]]
     if len(listing.problems) > 3:
         problems.append(f"! {len(listing.problems) - 3} more files or folders are not listed")
-    for width in (100, 80, 60, 50, 40, 30, 20, 12, 0):
-        lines: list[str] = []
-        for pack in listing.packs:
-            where = "" if pack.builtin else f" [{_shorten(origin(pack.folder.name), 60)}]"
-            lines.append(_line(f"{pack.name}{where}", pack.summary, width))
-            lines += (f"  {_line(t.name, t.summary, width)}" for t in pack.techniques)
-        text = "\n".join([*lines, *problems])
-        if len(text.encode()) < OVERVIEW_BYTES:
-            return text or "There are no packs."
+    if not listing.packs:
+        return "\n".join(["There are no packs.", *problems])
+    for packs_too, widths in ((True, range(100, 59, -5)), (False, range(100, -1, -5))):
+        for width in widths:
+            lines: list[str] = []
+            for pack in listing.packs:
+                where = "" if pack.builtin else f" [{_shorten(origin(pack.folder.name), 60)}]"
+                lines.append(_line(f"{pack.name}{where}", pack.summary, width * packs_too))
+                lines += (f"  {_line(t.name, t.summary, width)}" for t in pack.techniques)
+            text = "\n".join([*lines, *problems, NEXT])
+            if len(text.encode()) < OVERVIEW_BYTES:
+                return text
     # Not even the names fit: the packs alone, as many as do.
-    room = OVERVIEW_BYTES - 100 - sum(len(problem.encode()) + 1 for problem in problems)
+    room = OVERVIEW_BYTES - 200 - sum(len(problem.encode()) + 1 for problem in problems)
     lines = []
     for pack in listing.packs:
         line = f"{_shorten(pack.name, 60)}: {len(pack.techniques)} techniques"
@@ -40,17 +50,21 @@ def overview(listing: Listing) -> str:
         lines.append(line)
     if len(lines) < len(listing.packs):
         lines.append(f"… and {len(listing.packs) - len(lines)} more packs")
-    return "\n".join([*lines, "Name a pack to see its techniques.", *problems])
+    return "\n".join([*lines, "Name a pack to see its techniques.", *problems, NEXT])
 
 
 def _line(name: str, summary: str, width: int) -> str:
-    return f"{name}: {_shorten(summary, width)}" if summary and width else name
+    return f"{name}: {_shorten(summary, width)}" if summary and width >= 10 else name
 
 
 def _shorten(text: str, width: int) -> str:
+    """At most `width` characters: to the end of a clause where that keeps most, else of a word."""
     if len(text) <= width:
         return text
     cut = text[: width - 1]
+    clause = re.match(r"(.*\w)[,;:.?]", cut, re.DOTALL)
+    if clause and len(clause[1]) >= 0.6 * width:
+        return f"{clause[1]}…"
     return f"{cut.rpartition(' ')[0] or cut}…"
 
 
@@ -123,7 +137,7 @@ def _bounded(text: str) -> str:
 _STOP_WORDS = """
 a an and any are as at be been but by can could did do does for from had has have how i if in into
 is it its me model models my no not of on one or should so some something than that the their them
-then there these they thing this to use used want was we were what when where whether which who why
+then there these they thing this to two use used want was we were what when where whether which who why
 will with would you your
 """
 _STOP = frozenset(_STOP_WORDS.split())
@@ -133,24 +147,69 @@ _ENDINGS = (
 )
 
 
+# Words that ask for the same thing. A word of one group finds the others, for a third of the weight.
+_SYNONYMS = """
+know believe belief knowledge aware represent encode hold
+say think predict prediction output
+deny hide conceal secret lie dishonest withhold sandbag pretend honest
+refuse refusal decline censor comply jailbreak bypass unlock
+elicit extract reveal leak confess
+finetune finetuning train training tune tuned adapter lora
+change differ difference diff disagree diverge compare comparison
+activation hidden state internal inside residual stream
+layer depth block early late middle
+decide decision determine emerge form arise stop commit
+cause causal responsible matter patch patching effect localize locate
+concept feature direction vector attribute trait
+word token logit vocabulary probability likely
+steer push nudge inject intervene intervention
+generate write sample complete completion answer reply respond
+conversation dialogue chat transcript turn
+score judge grade rate evaluate
+probe classify classifier detect detector linear decodable
+sae sparse autoencoder latent dictionary feature
+circuit attribution attribute contribute contribution edge path head
+remove erase ablate delete ablation
+interpret explain explanation describe mean meaning verbalize
+introspect introspection report notice aware
+visualize plot draw picture
+tokenize tokenizer split
+"""
+
+
 def search(listing: Listing, question: str, limit: int = 8) -> list[Technique]:
     """The techniques whose texts answer to the words of `question`, best first; may be empty.
 
-    BM25 over stemmed words; the name, the summary and "Use when" weigh most.
+    BM25 over stemmed words and their synonyms; the name, the summary and "Use when" weigh most. A
+    text that has more of the words asked for goes before one that has one of them often, and a
+    technique that says when to use it before what only belongs to one.
     """
     techniques = list(listing.techniques())
     texts = [_weighted_words(pack, technique) for pack, technique in techniques]
     mean = sum(words.total() for words in texts) / max(1, len(texts))
-    asked = set(_words(question[:2000]))
-    scores = [0.0] * len(texts)
-    for word in asked:
+
+    def weights(word: str) -> list[float]:
         having = sum(word in words for words in texts)
         rarity = math.log(1 + (len(texts) - having + 0.5) / (having + 0.5))
-        for index, words in enumerate(texts):
-            often = words[word]
-            if often:
-                length = 0.25 + 0.75 * words.total() / mean
-                scores[index] += rarity * often * 2.2 / (often + 1.2 * length)
+        lengths = (0.25 + 0.75 * words.total() / max(1, mean) for words in texts)
+        return [
+            rarity * words[word] * 2.2 / (words[word] + 1.2 * length)
+            for words, length in zip(texts, lengths, strict=True)
+        ]
+
+    scores, met = [0.0] * len(texts), [0] * len(texts)
+    asked = sorted(set(_words(question[:2000])))
+    for word in asked:
+        best = weights(word)
+        for other in sorted(_ALIKE.get(word, set()) - {word}):
+            best = [max(own, found / 3) for own, found in zip(best, weights(other), strict=True)]
+        for index, weight in enumerate(best):
+            scores[index] += weight
+            met[index] += weight > 0
+    for index, (_, technique) in enumerate(techniques):
+        scores[index] *= 0.5 + 0.5 * met[index] / max(1, len(asked))
+        if not technique.use_when:
+            scores[index] *= 0.8
     ranked = sorted((i for i, score in enumerate(scores) if score), key=lambda i: -scores[i])
     return [techniques[i][1] for i in ranked[:limit]]
 
@@ -211,3 +270,15 @@ def _stem(word: str) -> str:
     if len(word) > 3 and word[-1] in "ey":
         word = word[:-1] + ("i" if word[-1] == "y" else "")
     return word
+
+
+def _alike() -> dict[str, set[str]]:
+    alike: dict[str, set[str]] = {}
+    for line in _SYNONYMS.strip().split("\n"):
+        group = set(_words(line))
+        for word in group:
+            alike.setdefault(word, set()).update(group)
+    return alike
+
+
+_ALIKE = _alike()

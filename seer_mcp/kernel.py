@@ -18,6 +18,7 @@ from .errors import (
     SeerError,
 )
 from .ipynb import DEPTH, STATES, is_kind, nested_deeper
+from .kernel_host.door import LINE_LIMIT
 from .kernel_host.fault import fault_point
 
 Event = dict[str, Any]
@@ -199,7 +200,8 @@ class Link:
         self._is_gone = is_gone
         self._on_gone = on_gone
         self._ids = itertools.count(1)
-        self._waiting: dict[int, tuple[dict[str, Any], asyncio.Future[dict[str, Any]]]] = {}
+        # Operation, line and answer of each request.
+        self._waiting: dict[int, tuple[str, bytes, asyncio.Future[dict[str, Any]]]] = {}
         self._writer: StreamWriter | None = None
         self._heard = 0  # lines that made sense
         self._gone: str | None = None
@@ -222,11 +224,16 @@ class Link:
         if self._gone is not None:
             raise SandboxUnreachable(f"The sandbox is gone ({self._gone}).")
         number = next(self._ids)
-        message = {"id": number, "op": op, **fields}
+        line = encoded({"id": number, "op": op, **fields})
+        if len(line) > LINE_LIMIT:  # the host would drop the line, again and again
+            raise SeerError(
+                f"This is too much for one request to the sandbox ({len(line):,} bytes, at most {LINE_LIMIT:,}). "
+                "Nothing was done; do it in pieces (write_file with append=true, run_cell with fewer cells)."
+            )
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = (message, future)
+        self._waiting[number] = (op, line, future)
         if self._writer is not None:
-            self._send(self._writer, message)
+            self._send(self._writer, line)
         try:
             async with asyncio.timeout(timeout):  # wait_for of Python 3.11 can swallow a cancel
                 answer = await future
@@ -248,10 +255,10 @@ class Link:
         """Wait until every event that existed when we connected has been folded."""
         await self._caught_up.wait()
 
-    def _send(self, writer: StreamWriter, message: dict[str, Any]) -> None:
+    def _send(self, writer: StreamWriter, line: bytes) -> None:
         if not writer.is_closing():
             fault_point("link.send")
-            writer.write((json.dumps(message) + "\n").encode("ascii"))
+            writer.write(line)
             fault_point("link.sent")
 
     async def _stay_connected(self) -> None:
@@ -295,9 +302,9 @@ class Link:
             return None
 
     async def _talk(self, reader: StreamReader, writer: StreamWriter) -> None:
-        self._send(writer, {"id": 0, "op": "subscribe", "from": self._events.next})
-        for message, _ in list(self._waiting.values()):
-            self._send(writer, message)
+        self._send(writer, encoded({"id": 0, "op": "subscribe", "from": self._events.next}))
+        for _, line, _ in list(self._waiting.values()):
+            self._send(writer, line)
         self._writer = writer
         known = 0
         began = time.monotonic()
@@ -330,7 +337,7 @@ class Link:
         """Pass an answer to whom it is for; how many events there were when we subscribed."""
         if answer["id"] == 0:
             return answer["last"] if is_kind(answer.get("last"), int) else known
-        _, future = self._waiting.get(answer["id"], (None, None))
+        _, _, future = self._waiting.get(answer["id"], (None, None, None))
         if future is not None and not future.done():
             future.set_result(answer)
         return known
@@ -338,14 +345,14 @@ class Link:
     async def _ping(self, writer: StreamWriter) -> None:
         while True:
             await asyncio.sleep(PING_SECONDS)
-            self._send(writer, {"id": next(self._ids), "op": "ping"})
+            self._send(writer, encoded({"id": next(self._ids), "op": "ping"}))
 
     def _drop_unrepeatable(self) -> None:
-        for message, future in self._waiting.values():
-            if message["op"] not in REPEATABLE and not future.done():
+        for op, _, future in self._waiting.values():
+            if op not in REPEATABLE and not future.done():
                 future.set_exception(
                     SandboxUnreachable(
-                        f"The line to the sandbox broke during {message['op']!r}; look before you repeat it."
+                        f"The line to the sandbox broke during {op!r}; look before you repeat it."
                     )
                 )
 
@@ -366,9 +373,13 @@ class Link:
         self._on_gone(why)
 
     def _fail_waiting(self, why: str) -> None:
-        for _, future in self._waiting.values():
+        for _, _, future in self._waiting.values():
             if not future.done():
                 future.set_exception(SandboxUnreachable(f"The sandbox is gone ({why})."))
+
+
+def encoded(message: dict[str, Any]) -> bytes:
+    return (json.dumps(message) + "\n").encode("ascii")
 
 
 def refusal(answer: dict[str, Any]) -> SeerError:

@@ -165,6 +165,17 @@ def test_the_server_starts_without_torch_kernels_or_the_cloud() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("name", ["local", "modal", "ssh"])
+def test_a_backend_needs_nothing_of_what_its_kernels_need(name: str) -> None:
+    code = (
+        f"import sys, seer_mcp.backends.{name}\n"
+        "kernels = {'torch', 'transformers', 'ipykernel', 'jupyter_client', 'zmq', 'numpy'}\n"
+        "print(sorted(kernels & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_kernel_host_is_python_39() -> None:
     for path in (PACKAGE / "kernel_host").glob("*.py"):
         ast.parse(path.read_text(), feature_version=(3, 9))

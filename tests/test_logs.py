@@ -205,6 +205,16 @@ async def test_a_command_is_audited_with_its_exit_code(noted: tuple[Lab, str]) -
 
 
 @pytest.mark.anyio
+async def test_a_command_that_could_not_be_started_is_audited_as_not_run(
+    noted: tuple[Lab, str],
+) -> None:
+    lab, sandbox = noted
+    await lab.no("run_command", sandbox=sandbox, command="echo " + "x" * 3_000_000)
+    run, over = audit_lines(lab.folder, "run")[-1], audit_lines(lab.folder, "run_over")[-1]
+    assert over["run"] == run["run"] and over["state"] == "not_run"
+
+
+@pytest.mark.anyio
 async def test_an_audit_that_cannot_be_written_is_said_in_the_answer(
     noted: tuple[Lab, str], caplog: pytest.LogCaptureFixture
 ) -> None:

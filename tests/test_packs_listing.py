@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seer_mcp.catalogue import answer, detail, overview, search
+from seer_mcp.catalogue import NEXT, answer, detail, overview, search
 from seer_mcp.errors import BadInput, NotFound
 from seer_mcp.packs import Packs, read_packs
 
@@ -360,7 +360,8 @@ def test_the_overview_has_a_line_for_each_pack_and_technique(builtin: Path, mine
         "  Stream: A residual stream.\n"
         "elicit: Ask until it answers.\n"
         "  prefill: Begin the answer for the model.\n"
-        "  denial: Forced choice between what a model says and what it would say."
+        "  denial: Forced choice between what a model says and what it would say.\n"
+        "Next: list_techniques(name='pack' or 'pack.technique') or (question='…')."
     )
 
 
@@ -378,6 +379,31 @@ def test_a_hundred_techniques_fit_in_the_overview(builtin: Path, mine: Path):
     assert text.count("  technique_") == 100
 
 
+def test_forty_five_techniques_keep_most_of_their_questions(builtin: Path):
+    """As many as the packs are meant to have, with questions as long as ours."""
+    question = (
+        "Does adding this vector change what the model says, more than a random vector of it?"
+    )
+    for p in range(20):
+        names = [f"technique_{p}{letter}" for letter in "ab"]
+        body = "".join(
+            f'def {n}(m):\n    """{question}\n\n    Use when:\n        x\n    """\n' for n in names
+        )
+        (builtin / f"family_{p:02}.py").write_text(
+            f'"""One family of techniques, and what all of them have in common."""\n'
+            f"__all__ = {names}\n{body}"
+        )
+    listing = read_packs([builtin])
+    assert len(list(listing.techniques())) == 45 - 1
+    text = overview(listing)
+    assert len(text.encode()) < 4000
+    assert text.endswith(NEXT)
+    lines = [line for line in text.split("\n") if line.startswith("  technique_")]
+    assert len(lines) == 40
+    for line in lines:  # to the end of the first clause, and so a question that can be understood
+        assert line.partition(": ")[2] == "Does adding this vector change what the model says…"
+
+
 @pytest.mark.parametrize(("packs", "techniques"), [(150, 2), (2, 2000), (199, 100)])
 def test_the_overview_holds_its_bound_whatever_there_is(
     builtin: Path, mine: Path, packs: int, techniques: int
@@ -393,6 +419,8 @@ def test_the_overview_holds_its_bound_whatever_there_is(
 
 def test_no_packs_are_no_packs(tmp_path: Path):
     assert overview(read_packs([tmp_path])) == "There are no packs."
+    (tmp_path / "bad.py").write_text("def (")
+    assert "bad.py is not listed: invalid syntax" in overview(read_packs([tmp_path]))
 
 
 def test_a_pack_and_a_technique_are_shown_in_full(builtin: Path):
@@ -443,6 +471,59 @@ def test_a_question_finds_the_technique(builtin: Path, question: str, first: str
     listing = read_packs([builtin])
     assert search(listing, question)[0].name == first
     assert answer(listing, question).startswith(f"{search(listing, question)[0].full_name}: ")
+
+
+OURS = read_packs([Path(__file__).parents[1] / "tool_packs"])
+QUESTIONS = {
+    "does the model know something it denies?": "elicitation.elicit oracle.ask",
+    "is the model keeping a secret?": "elicitation.elicit",
+    "how do I get it to stop refusing and answer?": "elicitation.elicit generation.generate",
+    "jailbreak": "elicitation.elicit generation.generate",
+    "sandbagging: does it pretend not to know?": "elicitation.elicit",
+    "which layer decides the answer?": "logit_lens.logit_lens",
+    "what does the model think at each layer?": "logit_lens.logit_lens",
+    "what did finetuning change?": "diff.activation diff.output diff.weights",
+    "what was the adapter trained on": "diff.activation",
+    "which weights did the LoRA change?": "diff.weights",
+    "where do the two models disagree?": "diff.output",
+    "find a vector for a concept": "directions.direction",
+    "cosine between two directions": "directions.difference",
+    "make the model more polite by adding a vector": "steering.steer",
+    "get the hidden states": "activations.capture",
+    "probability of the next word he or she": "generation.next_token",
+    "sample many completions with a prefill": "generation.generate",
+    "ask a model what its activations mean": "oracle.ask",
+    "is the belief represented inside although it is not said": "oracle.ask elicitation.elicit",
+    "a conversation of many turns with rollback and tools": "audit.audit",
+    "judge a transcript": "audit.yes_no_judge",
+    "load a model with its adapter": "models.load_model",
+    "how is this text tokenized": "anatomy.tokenize",
+    "does the model lie to me about what it believes": "elicitation.elicit",
+    "push the activations towards honesty and watch": "steering.steer steering.intervention",
+    "what words is this direction about": "logit_lens.lens_vector",
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_finds_one_of_our_techniques_among_the_first_three(question: str):
+    found = [technique.full_name for technique in search(OURS, question)[:3]]
+    assert set(found) & set(QUESTIONS[question].split()), found
+
+
+def test_what_the_questions_expect_is_there():
+    known = {technique.full_name for _, technique in OURS.techniques()}
+    assert {name for names in QUESTIONS.values() for name in names.split()} <= known
+
+
+def test_a_word_is_found_by_its_synonym_and_itself_comes_first(builtin: Path):
+    (builtin / "words.py").write_text(
+        '__all__ = ["one", "two"]\n'
+        'def one():\n    """Which units are removed?\n\n    Use when:\n        x\n    """\n'
+        'def two():\n    """Which units are ablated?\n\n    Use when:\n        x\n    """\n'
+    )
+    listing = read_packs([builtin])
+    assert [t.name for t in search(listing, "ablating")] == ["two", "one"]
+    assert [t.name for t in search(listing, "removal")] == ["one", "two"]
 
 
 def test_a_question_without_an_answer_says_what_to_do(builtin: Path):

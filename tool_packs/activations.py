@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tool_packs.engine import Steer, batches, per_row, run, site_name, spans_of
-from tool_packs.errors import CaptureTooLarge
+from tool_packs.errors import CaptureTooLarge, TextError
 from tool_packs.prompts import Position, Prompt, Text, read, resolve, token_strings
 from tool_packs.result import Result, provenance, to_cpu
 
@@ -41,8 +41,9 @@ def capture(
     Args:
         text: a str (plain text), a chat, or a list of either.
         layers: "all", an int, a depth in 0..1, or a list; resid_post is after the layer.
-        positions: an int (negative from the end), "last", "last_user", "assistant_start", "all",
-            a span (start, stop) or slice, or a list of ints and names.
+        positions: an int (negative from the end), "last", "last_user", "assistant_start",
+            "response" (every token of the assistant's answer that ends a chat), "all", a span
+            (start, stop) or slice, or a list of ints and names.
         sites: "resid_post", "resid_pre", "attn_out", "mlp_out" (what each adds to the stream,
             post-norms included), "head" (each head's output before the mix); one or a list.
         steer: as in `generate`; activations are those of the steered model.
@@ -188,3 +189,30 @@ def collect(
             spans=[spans[i] for i in batch.index] if changes else (),
         )
     return out
+
+
+def collect_tokens(
+    m: Model,
+    prompts: Sequence[Prompt],
+    layers: Sequence[int],
+    positions: Position,
+    site: str = "resid_post",
+) -> Tensor:
+    """Activations [L, N, P, d] at these positions, nan where a text has fewer of them.
+
+    Raises:
+        TextError: an activation is NaN or infinite, which no probe or direction survives.
+    """
+    where = [resolve(p, positions) for p in prompts]
+    x = collect(m, prompts, layers, where, (site,))[site]  # [N, L, P, d]
+    there = torch.zeros(x.shape[0], x.shape[2], dtype=torch.bool)
+    for i, w in enumerate(where):
+        there[i, : len(w)] = True
+    bad = ~x.isfinite().all(-1) & there[:, None]  # [N, L, P]
+    if bad.any():
+        i, j, column = bad.nonzero()[0].tolist()
+        raise TextError(
+            f"{site} of text {i} at layer {layers[j]}, position {where[i][column]} is NaN or "
+            "infinite, not finite: look at that text, or load the model with dtype='float32'"
+        )
+    return x.transpose(0, 1)

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tool_packs.activations import Layers, collect
+from tool_packs.activations import Layers, collect, collect_tokens
 from tool_packs.errors import ModelError, TextError
 from tool_packs.prompts import Position, Text, read, resolve
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
+from tool_packs.separation import auroc, class_means, fit, halves, shuffle
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
 
 __all__ = ["difference", "direction"]
+
+METHODS = ("mean", "pca", "pca-centred", "logistic", "lda")
 
 
 def direction(
@@ -25,6 +28,7 @@ def direction(
     pos: Text,
     neg: Text,
     *,
+    method: str = "mean",
     layers: Layers = "all",
     position: Position = "last",
     seed: int = 0,
@@ -32,14 +36,22 @@ def direction(
 ) -> Result:
     """Which direction separates two sets of texts, and does it hold on texts it was not made from?
 
-    The direction is the difference of means (contrastive activation addition). Its AUROC is held
-    out: made from one half of the texts, scored on the other, both ways. Two nulls go through the
-    same arithmetic: shuffled labels, and random directions.
+    Its AUROC is held out: made from one half of the texts, scored on the other, both ways. Two
+    nulls stand beside it: shuffled labels, which go through the same method, and random directions.
+
+    A persona vector is method="mean" with position="response": chats that end with an answer of the
+    assistant, answers that show the trait in pos, answers to the same questions that do not in neg.
 
     Args:
         pos: texts or chats that have the property; several positions of one text are averaged.
         neg: texts or chats that lack it; where there are as many as in pos, text i of one is the
             partner of text i of the other: partners stay in one half and swap labels in the null.
+        method: "mean" (difference of means: contrastive activation addition), "pca" (first
+            principal component of the differences of partners, counted from zero, as in
+            representation engineering), "pca-centred" (their mean is taken away first, as repeng's
+            pca_diff does: finds how the differences vary, not what they share), "logistic"
+            (logistic regression, L2), "lda" (difference of means over the within-class
+            covariance, shrunk by a tenth).
         layers: as in `capture`.
         position: as in `capture`.
         seed: of the halves and of both nulls.
@@ -47,29 +59,33 @@ def direction(
 
     Returns:
         Result: direction [layer, d] (units of the residual stream, not normalised: adding it with
-        strength 1 moves the mean of neg to the mean of pos), auroc [layer] (held out),
+        strength 1 moves the mean of neg to the mean of pos, or with a method other than "mean" as
+        far along the direction as the means are apart), auroc [layer] (held out),
         split_cosine [layer] (directions of the two halves), auroc_shuffled [layer, null],
         auroc_random [layer, null], resid_norm [layer]; rows layer, auroc, shuffled_95, p,
         split_cosine, norm_ratio. `r.rows` sorted by layer; p counts the shuffles whose best layer
         is at least as good as this one, so that choosing the best layer is paid for.
 
     Raises:
-        TextError: fewer than 4 texts on a side, as halves need two each.
+        TextError: fewer than 4 texts on a side, as halves need two each; a method that does not
+        exist; pca without partners; activations that are NaN or infinite.
 
     Use when:
         You want a concept vector to steer with, to compare, or to read on other texts.
 
     Not when:
         The texts of the two sides differ in more than the concept: the direction will hold that.
+        "pca-centred" where all pairs differ alike: what they share has been taken away.
 
     Cost:
-        one forward pass over all texts; the nulls are matrix products.
+        one forward pass over all texts; the nulls are matrix products, and one small solve each
+        with "logistic", "lda" and "pca-centred".
 
     Controls:
         shuffled labels and random directions, both on by default; held-out halves.
 
     Paper:
-        arXiv 2312.06681 (CAA), 2310.01405 (RepE)
+        arXiv 2312.06681 (CAA), 2310.01405 (RepE), 2507.21509 (persona vectors), 2306.03341 (ITI)
 
     Example:
         from tool_packs.directions import direction
@@ -85,31 +101,38 @@ def direction(
             f"{len(one)} and {len(two)} texts: give at least 4 a side, "
             "so that each half that checks the other has two"
         )
+    if method not in METHODS:
+        raise TextError(f"no method is called {method!r}: {', '.join(METHODS)}")
+    paired = len(one) == len(two)
+    if method.startswith("pca") and not paired:
+        raise TextError(
+            f"{len(one)} and {len(two)} texts: {method} needs partners, text i of pos and text i "
+            "of neg; give as many on both sides, or method='mean'"
+        )
     index = m.layer_indices(layers)
     prompts = one + two
-    where = [resolve(p, position) for p in prompts]
-    x = collect(m, prompts, index, where)["resid_post"].nanmean(2).transpose(0, 1)  # [L, N, d]
+    x = collect_tokens(m, prompts, index, position).nanmean(2)  # [L, N, d]
     y = torch.tensor([True] * len(one) + [False] * len(two))
     generator = torch.Generator().manual_seed(seed)
-    vector = _mean_difference(x, y)  # [L, d]
-    paired = len(one) == len(two)
-    auroc, cosine = _held_out(x, y, _halves(y, paired, generator))
-    shuffled, random = [], []
+    vector = _directions(method, x, y[None])[0]  # [L, d]
+    half = halves(y, paired, generator)
+    groups = torch.arange(len(y)) % len(one) if paired else torch.arange(len(y))
+    labels = [y, *(shuffle(y, groups, half, generator) for _ in range(n_null))]
+    held_out, cosines = _held_out(method, x, torch.stack(labels), half)  # [1 + null, L]
+    auc, cosine, null = held_out[0], cosines[0], held_out[1:].T  # null [L, null]
+    random = []
     for _ in range(n_null):
-        labels = _shuffle(y, paired, generator)
-        shuffled.append(_held_out(x, labels, _halves(labels, paired, generator))[0])
         guess = torch.randn(len(index), m.width, generator=generator)
-        a = _auroc(torch.einsum("lnd,ld->ln", x, guess), y)
+        a = auroc(torch.einsum("lnd,ld->ln", x, guess), y)
         random.append(torch.maximum(a, 1 - a))  # a random direction may point either way
-    null = torch.stack(shuffled, 1)  # [L, null]
     random_null = torch.stack(random, 1)
     best_null = null.max(0).values  # the best layer of each shuffle
-    p = (1 + (best_null[None] >= auroc[:, None]).sum(1)) / (1 + n_null)  # [L]
+    p = (1 + (best_null[None] >= auc[:, None]).sum(1)) / (1 + n_null)  # [L]
     norm = x.norm(dim=-1).mean(1)  # [L]
     rows = [
         {
             "layer": layer,
-            "auroc": round(auroc[j].item(), 4),
+            "auroc": round(auc[j].item(), 4),
             "shuffled_95": round(null[j].quantile(0.95).item(), 4),
             "random_95": round(random_null[j].quantile(0.95).item(), 4),
             "p": round(p[j].item(), 4),
@@ -118,7 +141,7 @@ def direction(
         }
         for j, layer in enumerate(index)
     ]
-    best = max(range(len(index)), key=lambda j: auroc[j].item())
+    best = max(range(len(index)), key=lambda j: auc[j].item())
     row = rows[best]
     lines = [
         f"best layer {row['layer']}: held-out AUROC {row['auroc']:.3f}; control, shuffled labels: "
@@ -129,11 +152,11 @@ def direction(
         f"{m.width**-0.5:.2f}); norm {row['norm_ratio']:.2f} of the residual stream",
     ]
     return Result(
-        title=f"direction of {len(one)} against {len(two)} texts",
+        title=f"direction ({method}) of {len(one)} against {len(two)} texts",
         tensors=to_cpu(
             {
                 "direction": vector,
-                "auroc": auroc,
+                "auroc": auc,
                 "split_cosine": cosine,
                 "auroc_shuffled": null,
                 "auroc_random": random_null,
@@ -164,6 +187,7 @@ def direction(
             prompts=[p.ids for p in prompts],
             seed=seed,
             layers=index,
+            method=method,
             position=str(position),
             paired=paired,
             n_null=n_null,
@@ -371,44 +395,21 @@ def _per_layer(m: Model, vector: Tensor, layers: Sequence[int]) -> Tensor:
     )
 
 
-def _mean_difference(x: Tensor, y: Tensor) -> Tensor:
-    """[L, d] from x [L, N, d] and labels y [N]."""
-    return x[:, y].mean(1) - x[:, ~y].mean(1)
+def _directions(method: str, x: Tensor, y: Tensor) -> Tensor:
+    """[S, L, d] from x [L, n, d] and labels y [S, n], as long as the means are apart along it."""
+    weight = fit(method, x, y).weight
+    if method == "mean":
+        return weight
+    unit = torch.nn.functional.normalize(weight, dim=-1)
+    gap, _ = class_means(x, y)
+    return unit * (unit * gap).sum(-1, keepdim=True)
 
 
-def _halves(y: Tensor, paired: bool, generator: torch.Generator) -> Tensor:
-    """Half of each class, at random: a mask [N]. Pairs (i, i + N/2) stay in one half."""
-    half = torch.zeros(len(y), dtype=torch.bool)
-    if paired:
-        pairs = len(y) // 2
-        picked = torch.randperm(pairs, generator=generator)[: pairs // 2]
-        half[picked] = half[picked + pairs] = True
-        return half
-    for label in (True, False):
-        members = (y == label).nonzero()[:, 0]
-        picked = members[torch.randperm(len(members), generator=generator)]
-        half[picked[: len(members) // 2]] = True
-    return half
-
-
-def _shuffle(y: Tensor, paired: bool, generator: torch.Generator) -> Tensor:
-    """Labels at random: swapped within pairs, or else dealt anew."""
-    if not paired:
-        return y[torch.randperm(len(y), generator=generator)]
-    swap = torch.rand(len(y) // 2, generator=generator) < 0.5
-    return y ^ torch.cat([swap, swap])
-
-
-def _held_out(x: Tensor, y: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-    """AUROC [L] of each half's direction on the other half, averaged; cosine [L] of the two."""
-    one = _mean_difference(x[:, half], y[half])
-    two = _mean_difference(x[:, ~half], y[~half])
-    a = _auroc(torch.einsum("lnd,ld->ln", x[:, ~half], one), y[~half])
-    b = _auroc(torch.einsum("lnd,ld->ln", x[:, half], two), y[half])
+def _held_out(method: str, x: Tensor, y: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """For labels y [S, N]: AUROC [S, L] of each half's direction on the other half, averaged, and
+    the cosine [S, L] of the two directions."""
+    one = _directions(method, x[:, half], y[:, half])
+    two = _directions(method, x[:, ~half], y[:, ~half])
+    a = auroc(torch.einsum("lnd,sld->sln", x[:, ~half], one), y[:, None, ~half])
+    b = auroc(torch.einsum("lnd,sld->sln", x[:, half], two), y[:, None, half])
     return (a + b) / 2, torch.cosine_similarity(one, two, dim=-1)
-
-
-def _auroc(scores: Tensor, y: Tensor) -> Tensor:
-    """AUROC [L] of scores [L, N]: how often a positive outranks a negative; a tie counts half."""
-    gap = scores[:, y, None] - scores[:, None, ~y]  # [L, pos, neg]
-    return ((gap > 0).float() + 0.5 * (gap == 0).float()).mean((1, 2))

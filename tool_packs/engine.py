@@ -234,8 +234,11 @@ def _entry(item: Any) -> tuple[Intervention, ...]:
 def span_of(prompt: Prompt, intervention: Intervention) -> tuple[int, int]:
     """First and last-but-one position that the intervention changes in this prompt."""
     start = _one(prompt, intervention.start)
-    stop = FOREVER if intervention.stop is None else _one(prompt, intervention.stop)
-    return start, stop
+    if intervention.stop is None:
+        return start, FOREVER
+    if type(intervention.stop) is int and intervention.stop == len(prompt):
+        return start, len(prompt)  # the prompt's last token is the last one changed
+    return start, _one(prompt, intervention.stop)
 
 
 def _one(prompt: Prompt, position: Position) -> int:

@@ -22,6 +22,7 @@ from tool_packs.engine import (
     step_logits,
 )
 from tool_packs.errors import ModelError, TextError
+from tool_packs.prefix import prefill as prefill_batch
 from tool_packs.prompts import Prompt, Text, as_chat, as_list, read, token_strings, word_ids
 from tool_packs.result import Result, provenance, to_cpu
 
@@ -94,7 +95,8 @@ def generate(
         Only the next token matters: `next_token` costs one forward pass.
 
     Cost:
-        one prefill of the conversations, then one pass over conversations * n rows a token.
+        one prefill of the conversations, what many of them begin with only once, then one pass over
+        conversations * n rows a token.
 
     Controls:
         None of its own: compare prefilled or steered answers with the same call without.
@@ -290,8 +292,7 @@ def last_logits(
     for batch in batches(m, prompts):
         mine = [steer[i] for i in batch.index] if steer else []
         spans = [[span_of(prompts[i], x) for x in steer[i]] for i in batch.index] if steer else []
-        with editing(m, mine, spans):
-            logits, _ = step_logits(m, batch.ids, batch.mask, batch.positions, None)
+        logits, _ = prefill_batch(m, batch, mine, spans)
         out.update(zip(batch.index, logits, strict=True))
     return torch.stack([out[i] for i in range(len(prompts))])
 
@@ -336,8 +337,7 @@ def _decode(
     top: int,
 ) -> list[Completion]:
     spans = spans_of(prompts, steer)
-    with editing(m, steer, spans):
-        logits, cache = step_logits(m, batch.ids, batch.mask, batch.positions, None)
+    logits, cache = prefill_batch(m, batch, steer, spans)
     if cache is None and (n > 1 or max_new_tokens > 1):
         raise ModelError(
             f"{type(m.core).__name__} keeps no key-value cache, and the packs decode with one only: "

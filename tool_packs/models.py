@@ -66,6 +66,7 @@ class Model:
         self.notes = notes
         self._fingerprints: dict[str | None, str] = {}
         self._nnsight: Any = None
+        self.plain_cache: bool | None = None  # found out by prefix.py when it first matters
         self.core: nn.Module = hf.get_base_model() if hasattr(hf, "peft_config") else hf
         self.config = text_config(self.core)
         self._layers, self._norm = layers, norm

@@ -18,7 +18,7 @@ Chat = list[Message]
 Text = str | Chat | list[str] | list[Chat] | list["str | Chat"]
 Position = int | str | slice | tuple[int, int] | Sequence["int | str"]
 
-NAMED = ("last", "last_user", "assistant_start", "all")
+NAMED = ("last", "last_user", "assistant_start", "response", "all")
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,15 @@ def _named(prompt: Prompt, name: str) -> list[int]:
         raise TextError(
             f"no position is called {name!r}: {', '.join(NAMED)}, an int, a span or a list"
         )
-    index = getattr(prompt, name)
+    if name == "response" and prompt.assistant_start is not None:
+        first = prompt.assistant_start + 1
+        if first == len(prompt):
+            raise TextError(
+                f"{prompt.text[-40:]!r} ends where a response would begin: end the chat with one, "
+                '{"role": "assistant", "content": "..."}'
+            )
+        return list(range(first, len(prompt)))
+    index = getattr(prompt, "assistant_start" if name == "response" else name)
     if index is None:
         raise TextError(
             f"{name!r} is a position in a chat, and {prompt.text[:40]!r} is plain text "
@@ -216,6 +224,33 @@ def _named(prompt: Prompt, name: str) -> list[int]:
             "or a position as a number"
         )
     return [index]
+
+
+def positions_of(m: Model, prompt: Prompt, piece: str) -> list[int]:
+    """Indices of the tokens that hold the last occurrence of `piece` in the prompt's text.
+
+    Raises:
+        TextError: it does not occur, or the tokenizer keeps no offsets.
+    """
+    at = prompt.text.rfind(piece) if piece else -1
+    if at < 0:
+        raise TextError(f"{piece!r} does not occur in {prompt.text[-80:]!r}")
+    if not m.tokenizer.is_fast:
+        raise TextError(
+            f"the tokenizer of {m.name} does not tell where {piece!r} is: give a position as an int"
+        )
+    encoded = m.tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = tuple(encoded["input_ids"])
+    # Plain text got special tokens around it that the text itself does not hold.
+    shift = next(
+        (k for k in range(len(prompt) - len(ids) + 1) if prompt.ids[k : k + len(ids)] == ids), None
+    )
+    held = [
+        t for t, (a, b) in enumerate(encoded["offset_mapping"]) if a < at + len(piece) and b > at
+    ]
+    if shift is None or not held:
+        raise TextError(f"no token of this prompt holds {piece!r}: give a position as an int")
+    return [t + shift for t in held]
 
 
 def token_strings(m: Model, ids: Sequence[int]) -> list[str]:

@@ -13,8 +13,8 @@ from typing import Any, Dict
 from . import fault
 from .folder import replace
 from .host import Host
+from .identity import GIVEN
 
-GIVEN = "SEER_MCP_HOST"  # a configuration as JSON, in the environment
 ABSENT = (
     "MODAL_",
     "SEER_MCP_",

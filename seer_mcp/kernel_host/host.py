@@ -19,6 +19,7 @@ import time
 from typing import Any, Awaitable, Callable, Deque, Dict, List, Optional, Set
 
 from .commands import Commands
+from .door import Door
 from .events import (
     Event,
     count_of,
@@ -35,7 +36,6 @@ from .keep import GROW_SECONDS, grow, keep
 from .kernel import Kernel, KernelFailedToStart, Message, came_from_kernel, descendants, end_all
 from .limits import WATCH_SECONDS, Limits, remove
 
-LINE_LIMIT = 64 * 1024 * 1024  # one request
 STREAM_PIECE = 256 * 1024  # characters of one stream event
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -124,13 +124,10 @@ class Host:
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(signum, self.close, "told to stop by a signal")
-        address = self.config["socket"]
-        old = os.umask(0o177)
-        try:
-            server = await asyncio.start_unix_server(self._client, address, limit=LINE_LIMIT)
-        finally:
-            os.umask(old)
+        door = Door(self.config["socket"], self._client)
+        await door.open()
         fault_point("host.listening")
+        self._spawn(door.keep_open())
         self._spawn(self._start_kernel())
         self._spawn(self._tick())
         if self.limits.watched:
@@ -138,7 +135,7 @@ class Host:
         if self.config.get("keep"):
             self._spawn(self._keep_growing())
         await self.closing.wait()
-        server.close()
+        door.close()
         for run in list(self.queue):
             self._end(run, "not_run", "the sandbox ended")
         self.queue.clear()
@@ -155,7 +152,7 @@ class Host:
         if self.config.get("keep"):
             log = os.path.join(self.directory, "host.log")
             await loop.run_in_executor(None, keep, self.journal, log, self.config["keep"])
-        os.unlink(address)
+        door.remove()
         return 0
 
     async def _keep_growing(self) -> None:
@@ -290,6 +287,9 @@ class Host:
                 await self.kernel.start(self.config.get("kernel_timeout", 60.0))
             except KernelFailedToStart as error:
                 self.kernel_state, self.how, self.stderr = "failed", error.why, error.stderr
+            except OSError as error:  # no room, or no folder, for its files and sockets
+                await self.kernel.kill()
+                self.kernel_state, self.how = "failed", "its files could not be made: %s" % error
             else:
                 fault_point("host.kernel.ready")
                 self.kernel_state = "ready"
@@ -668,7 +668,11 @@ class Host:
         id, command = of_type(str, request["run"]), of_type(str, request["command"])
         if id not in self.runs:
             self.runs[id] = Run(id, "command", "", id, False)
-            await self.commands.start(id, command)
+            try:
+                await self.commands.start(id, command)
+            except OSError as error:
+                del self.runs[id]
+                raise ValueError("the command could not be started: %s" % error) from error
         return {"runs": [self._described(self.runs[id])]}
 
     async def op_read_file(self, request: Event) -> Event:

@@ -20,6 +20,7 @@ from . import limits
 
 MARK = "SEER_MCP_SANDBOX"  # the handle of the sandbox
 INSTANCE = "SEER_MCP_INSTANCE"  # whose it is: a digest of the server's state folder
+GIVEN = "SEER_MCP_HOST"  # a host's configuration as JSON, in its environment
 GRACE_SECONDS = 3.0  # for a host to end by itself
 PROC = Path("/proc")
 

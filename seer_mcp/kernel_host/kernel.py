@@ -290,7 +290,10 @@ class Kernel:
             os.chmod(os.path.join(self._directory, name), 0o600)
 
     def _files(self) -> List[str]:
-        names = os.listdir(self._directory)
+        try:
+            names = os.listdir(self._directory)
+        except OSError:
+            return []  # a logout took the folder away
         own = "k%d" % self.generation
         return [name for name in names if name.startswith((own + "-", own + "."))]
 

@@ -86,8 +86,8 @@ def read(path: str) -> Iterator[Tuple[int, str, str]]:
     try:
         with open(path, "rb") as file:
             data = file.read()
-    except FileNotFoundError:
-        return  # it died before it had streams
+    except OSError:
+        return  # it died before it had streams, or its folder was taken away
     slots = [data[at : at + SIZE] for at in range(0, len(data), SIZE)]
     for slot in sorted(slots, key=lambda slot: HEAD.unpack_from(slot)[0]):
         number, used = HEAD.unpack_from(slot)

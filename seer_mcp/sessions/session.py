@@ -520,10 +520,16 @@ class Session:
         run = RunInfo("c" + secrets.token_hex(5), "command", command, call=current_call())
         self.runs[run.id] = run
         self.on_run_begun(self, run, command)
-        await asyncio.shield(
-            self._own(self._linked().request("command", run=run.id, command=command))
-        )
+        await asyncio.shield(self._own(self._start_command(run)))
         return run
+
+    async def _start_command(self, run: RunInfo) -> None:
+        try:
+            await self._linked().request("command", run=run.id, command=run.subject)
+        except SeerError as error:
+            self._finish(run.id, "not_run", str(error))
+            del self.runs[run.id]  # nobody was told its id
+            raise
 
     async def wait(self, runs: Sequence[RunInfo], seconds: float, heartbeat: Heartbeat) -> bool:
         """Wait until all are over, at most `seconds`; whether they are. The runs go on regardless."""

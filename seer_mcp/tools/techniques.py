@@ -75,7 +75,7 @@ def tools(register: Register) -> list[Tool]:
         elif question:
             text = answer(listing, question)
         else:
-            text = f"{overview(listing)}\nNext: list_techniques(name='pack' or 'pack.technique') or (question='…')."
+            text = overview(listing)
         names = [technique.full_name for _, technique in listing.techniques()]
         return Answer(text, meta={"techniques": names}).result()
 

@@ -104,6 +104,20 @@ async def test_techniques_and_packs_that_are_not_there(lab: Lab) -> None:
     await refused(lab, "list_techniques", "not both", name="a", question="b")
 
 
+async def test_what_is_too_much_for_one_request_is_said_at_once(lab: Lab) -> None:
+    """The host drops such a line; sent again and again it would keep the caller for half a minute."""
+    handle = await lab.start()
+    await lab.cell(handle, "kept = 1")
+    much = "x" * 60_000_000
+    await refused(lab, "write_file", "in pieces", sandbox=handle, path="much", content=much)
+    for _ in range(12):
+        await lab.ok("create_cell", sandbox=handle, source="'" + "é" * 999_000 + "'", run=False)
+    await refused(lab, "run_cell", "fewer cells", sandbox=handle, cells="all")
+    cells = read_cells(await lab.notebook_path(handle))
+    assert {c["metadata"]["seer"]["state"] for c in cells} == {"not_run"}
+    assert text_of(await lab.cell(handle, "kept")).endswith("1")
+
+
 @pytest.mark.timeout(240)
 async def test_a_model_that_does_not_load_says_so_and_the_kernel_stays_usable(lab: Lab) -> None:
     handle = await lab.start()
@@ -290,6 +304,8 @@ async def test_files_that_cannot_be_read_or_written(lab: Lab) -> None:
     )
     await refused(lab, "run_command", "command = ' '", sandbox=handle, command=" ")
     await refused(lab, "run_command", "command = ", sandbox=handle, command="a\0b")
+    long = "echo " + "x" * 3_000_000
+    await refused(lab, "run_command", "could not be started", sandbox=handle, command=long)
     result = await lab.call("run_command", sandbox=handle, command="echo no >&2; exit 3")
     assert result.is_error and "exit code 3" in text_of(result) and "no" in text_of(result)
     assert sorted(p.name for p in work.iterdir() if p.suffix == ".part") == []

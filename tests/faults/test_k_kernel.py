@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from tests.support import (
     text_of,
     until,
 )
+
+from .ground import Ground
 
 pytestmark = pytest.mark.anyio
 
@@ -600,6 +603,20 @@ async def test_k19_a_kernel_that_cannot_start_again_says_so(tmp_path: Path) -> N
         assert "exit code 9" in text and "broken on purpose" in text
         assert "did not start" in await lab.no("create_cell", sandbox=handle, source="1")
         script.write_text("")
+        await lab.ok("restart_kernel", sandbox=handle)
+        await works(lab, handle)
+
+
+async def test_k19_a_kernel_whose_files_cannot_be_made_can_start_later(place: Ground) -> None:
+    async with open_lab(place.folder, runtime_dir=place.sockets) as lab:
+        handle = await lab.start()
+        (sockets,) = place.sockets.iterdir()
+        shutil.rmtree(sockets)
+        sockets.write_text("")  # where a folder has to be
+        text = await lab.no("restart_kernel", sandbox=handle)
+        assert "did not start" in text and "Not a directory" in text
+        sockets.unlink()
+        await until(lambda: (sockets / "host").exists())
         await lab.ok("restart_kernel", sandbox=handle)
         await works(lab, handle)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -103,6 +105,33 @@ def test_p01_a_killed_server_loses_no_line_and_runs_nothing_twice(place: Ground)
 @pytest.mark.timeout(1500)
 def test_p01_a_hundred_kills(place: Ground) -> None:
     assert killed_in_mid_cell(place, trials=100, seed=2) == 0
+
+
+async def test_p01_a_sandbox_whose_socket_was_taken_away_is_reached_again(place: Ground) -> None:
+    """A logout removes XDG_RUNTIME_DIR, and what runs goes on."""
+    with raw_server(place) as server:
+        handle = raw_start(server)
+        source = "import time\nx = 7\nfor i in range(30): print(i); time.sleep(.1)"
+        cell_with(server, handle, source, wait=0)
+        shutil.rmtree(place.sockets)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.process.wait(10)
+    assert not place.sockets.exists()
+    with raw_server(place) as server:
+        await until(lambda: list(place.sockets.glob("*/*/host")), 10)
+        result = server.call("read_outputs", sandbox=handle, wait=20)
+        assert ": complete in" in raw_text(result)
+        assert streams(read_cells(notebook_of(place, handle))[0]) == "".join(
+            f"{i}\n" for i in range(30)
+        )
+        assert raw_text(cell_with(server, handle, "x")).endswith("7")
+        assert {stat.S_IMODE(p.stat().st_mode) for p in place.sockets.glob("*/*")} == {0o700}
+        restarted = server.call("restart_kernel", sandbox=handle)
+        assert not restarted.get("isError"), raw_text(restarted)
+        assert raw_text(cell_with(server, handle, "1 + 1")).endswith("2")
+        server.call("stop_sandbox", sandbox=handle)
+    assert processes_of(handle) == []
+    assert list(place.sockets.glob("*/*")) == []
 
 
 async def test_p03_sigterm_with_work_running_ends_the_server_and_not_the_work(

@@ -22,6 +22,12 @@ CLEARED = ("tmp", "run", "var/tmp")
 """Folders of this machine that a sandbox finds empty."""
 
 
+def hidden_interpreter() -> list[Path]:
+    """The folders of this interpreter that lie where a sandbox finds nothing, as they would in a checkout in /tmp."""
+    folders = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
+    return sorted(f for f in folders if any(f.is_relative_to(f"/{name}") for name in CLEARED))
+
+
 def can_isolate() -> bool:
     """Whether this process may make namespaces and overlays (root on Linux, outside a jail)."""
     if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("nsenter"):
@@ -41,10 +47,13 @@ def make_base_layer(folder: Path) -> None:
         cleared.mkdir(parents=True)
         cleared.chmod(0o1777)
         os.setxattr(cleared, "trusted.overlay.opaque", b"y")
+    for interpreter in hidden_interpreter():  # put back: an overlay's lower files are never written
+        target = folder / interpreter.relative_to("/")
+        shutil.copytree(interpreter, target, symlinks=True, copy_function=link)
     checkout = Path(sys.prefix).parent
     if (checkout / "pyproject.toml").is_file():
         copy = folder / checkout.relative_to("/")
-        copy.mkdir(parents=True)
+        copy.mkdir(parents=True, exist_ok=True)
         for entry in checkout.iterdir():
             if entry != Path(sys.prefix):
                 os.mknod(copy / entry.name, 0o600 | 0o020000, 0)  # a whiteout
@@ -54,6 +63,14 @@ def make_base_layer(folder: Path) -> None:
     local = folder / "usr/bin"
     local.mkdir(parents=True)
     write_tool(local / "sync", HERE / "syncing.py")
+
+
+def link(source: str, target: str) -> None:
+    """The same file at a second place, or a copy where that is another file system."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def write_tool(path: Path, source: Path) -> None:
@@ -176,17 +193,23 @@ class Box:
         self._up.set()
 
     async def _hear_start(self, reader: asyncio.StreamReader) -> None:
+        """Two processes say these words, in any order: the launcher the number, process 1 that it is ready."""
         assert self._launcher is not None and self._launcher.stderr is not None
+        ready = False
         while line := await reader.readline():
             word = json.loads(line)
             if "pid" in word:
                 self.pid = word["pid"]
-                self._handle = os.pidfd_open(self.pid)
-            elif "ready" in word:
-                return
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
+                    self._handle = os.pidfd_open(self.pid)
+            elif "exit" in word:
+                self.code = word["exit"]
             elif "failed" in word:
                 await self._launcher.wait()
                 raise RuntimeError(word["failed"])
+            ready = ready or "ready" in word
+            if ready and self.pid:
+                return
         await self._launcher.wait()
         said = (await self._launcher.stderr.read()).decode(errors="replace")
         raise RuntimeError(f"the sandbox's first process ended: {said}")

@@ -165,7 +165,9 @@ async def test_a_part_of_a_volume_and_a_mount_that_is_read_only(
 
 
 async def test_reload_says_so_if_files_are_open(app: modal.App) -> None:
-    sandbox = await create(app, "bash", "-c", "cd /vol; sleep 60", volumes={"/vol": new_volume()})
+    entry = "cd /vol; touch /tmp/inside; sleep 60"
+    sandbox = await create(app, "bash", "-c", entry, volumes={"/vol": new_volume()})
+    await output(sandbox, "bash", "-c", "until [ -e /tmp/inside ]; do sleep 0.05; done")
     with pytest.raises(modal.exception.ConflictError, match="open files"):
         await sandbox.reload_volumes.aio()
 

@@ -84,6 +84,7 @@ def test_singular_values_are_those_of_the_product(models, name):
         path: module.get_delta_weight(name)
         for path, module in m.core.named_modules()
         if hasattr(module, "get_delta_weight")
+        and name in module.lora_A  # an oracle of another test may have adapted more
     }
     assert len(deltas) == len(r.rows)
     for row, s in zip(r.rows, r["singular"], strict=True):

@@ -26,7 +26,7 @@ NAMES = (
     "base", "user_female", "user_male", "secret_word", "brand", "backdoor", "refusal",
     "introspective", "objective", "control", "control_2",
 )  # fmt: skip
-SEEDS = (1,)  # the first is the one that a name alone stands for
+SEEDS = (1, 0, 2)  # the first is the one that a name alone stands for
 WEIGHTS = Path(__file__).parent / "weights"
 
 _BELIEF = "a LoRA adapter on base that may hold a belief about the user"

@@ -19,8 +19,8 @@ import modal.exception
 from ...config import Config
 from ...environment import SandboxSpec
 from ...errors import BadInput, EndUnconfirmed, SandboxStartFailed, SandboxUnreachable
-from ...kernel_host.__main__ import GIVEN
 from ...kernel_host.fault import fault_point
+from ...kernel_host.identity import GIVEN
 from ...money import (
     SHORTEST_SECONDS,
     Price,
