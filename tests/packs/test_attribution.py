@@ -40,15 +40,19 @@ def gradients(m, text, modules, before=False):
     for handle in handles:
         handle.remove()
     full = [torch.zeros_like(seen[i]) if g is None else g for i, g in enumerate(grads)]
-    return [seen[i][0].detach() for i in range(len(full))], [g[0] for g in full], value.item()
+    return [seen[i][0].detach() for i in range(len(full))], [g[0] for g in full]
 
 
 def naive(m, clean, corrupt, modules, before=False):
-    """(clean - corrupt) times the corrupt run's gradient, in shares of the whole [module, T]."""
-    one, _, high = gradients(m, clean, modules, before)
-    two, grads, low = gradients(m, corrupt, modules, before)
-    score = [((a - b) * g).sum(-1) for a, b, g in zip(one, two, grads, strict=True)]
-    return torch.stack(score) / (high - low)
+    """(clean - corrupt) times the corrupt run's gradient, in logits [module, T]."""
+    one, _ = gradients(m, clean, modules, before)
+    two, grads = gradients(m, corrupt, modules, before)
+    return torch.stack([((a - b) * g).sum(-1) for a, b, g in zip(one, two, grads, strict=True)])
+
+
+def in_logits(r, name):
+    """The first pair's estimates, no longer in shares of the difference, whose rounding they had."""
+    return r[name][0] * (r["clean"][0] - r["corrupt"][0])
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ class TestFamily:
         r = attribute(m, CLEAN, CORRUPT, answers=PAIR, check=0)
         for site, where in MODULES.items():
             modules = [where(m, layer) for layer in range(m.n_layers)]
-            assert close(r[site][0], naive(m, CLEAN, CORRUPT, modules), torch.float32)
+            assert close(in_logits(r, site), naive(m, CLEAN, CORRUPT, modules), torch.float32)
 
     def test_edges_sum_to_what_their_ends_carry(self, family, name, lora):
         m = family(name, lora)
@@ -94,8 +98,8 @@ class TestFamily:
 def test_a_long_shared_prefix_changes_no_gradient(models, name):
     m = models[name]
     clean, corrupt = LONG + CLEAN, LONG + CORRUPT
-    got = attribute(m, clean, corrupt, answers=PAIR, check=0)["resid_post"][0]
-    assert close(got, naive(m, clean, corrupt, m.layers), torch.float32)
+    r = attribute(m, clean, corrupt, answers=PAIR, check=0)
+    assert close(in_logits(r, "resid_post"), naive(m, clean, corrupt, m.layers), torch.float32)
 
 
 class TestEdges:
@@ -103,7 +107,8 @@ class TestEdges:
         return [x for b in m.layers for x in (b.input_layernorm, b.post_attention_layernorm)]
 
     def test_edges_into_a_part_sum_to_its_score(self, llama):
-        edges = attribute(llama, CLEAN, CORRUPT, answers=PAIR, method="eap", check=0)["edges"][0]
+        r = attribute(llama, CLEAN, CORRUPT, answers=PAIR, method="eap", check=0)
+        edges = in_logits(r, "edges")
         want = naive(llama, CLEAN, CORRUPT, self.readers(llama), before=True).sum(1)
         assert close(edges.nansum(0)[:-1], want, torch.float32)
         # The wrong answer: the gradient at the stream itself, which is that of everything above.
@@ -146,14 +151,18 @@ class TestEdges:
             assert row["exact"] == pytest.approx(want, abs=1e-4)
         assert tried >= 2
 
-    def test_a_block_with_one_reader_for_both_says_so(self, family):
+    def test_a_block_whose_two_parts_read_through_one_norm_says_so(self):
         m = make("llama", FAMILIES["llama"]())
         block = m.layers[2]
-        block.post_attention_layernorm.forward = lambda h: h * 1
-        block.input_layernorm = torch.nn.Identity()
-        block.forward = lambda h, **kwargs: h + block.mlp(block.input_layernorm(h))
-        with pytest.raises((ModelError, PackError), match=r"layer 2.*(read|attn_out)|attn_out"):
+
+        def one_norm(h, **kwargs):
+            x = block.input_layernorm(h)
+            return h + block.self_attn(hidden_states=x, **kwargs)[0] + block.mlp(x)
+
+        block.forward = one_norm
+        with pytest.raises(ModelError, match=r"layer 2 .* has 1 modules that read .*'atp' or 'ig'"):
             attribute(m, CLEAN, CORRUPT, answers=PAIR, method="eap")
+        attribute(m, CLEAN, CORRUPT, answers=PAIR, method="atp")
 
 
 class TestIntegrated:
@@ -204,7 +213,8 @@ def test_on_a_trained_model_the_estimate_agrees_with_exact_patching(trained, met
     # Exact values in the check are those of the sweep.
     row = r.rows[0]
     k = ("resid_post", "attn_out", "mlp_out").index(row["site"])
-    assert row["exact"] == pytest.approx(exact[0, k, row["layer"], row["position"]], abs=1e-3)
+    want = exact[0, k, row["layer"], row["position"]].item()
+    assert row["exact"] == pytest.approx(want, abs=1e-3)
     checked = r["checked"][0, :, 1].abs()
     assert checked[:12].mean() > 20 * checked[12:].mean()  # the strongest against others
     assert "correlation with exact patching" in r.summary()
@@ -223,8 +233,8 @@ def test_heads_and_a_state_space_model():
     # Llama mixes its heads linearly, so that they share out what attention carries.
     assert torch.allclose(r["head"][0].sum(-1), r["attn_out"][0], atol=1e-5)
     m = make("mamba2", NEWER["mamba2"]())
-    got = attribute(m, CLEAN, CORRUPT, answers=PAIR, sites="resid_post", check=2)["resid_post"][0]
-    assert close(got, naive(m, CLEAN, CORRUPT, m.layers), torch.float32)
+    r = attribute(m, CLEAN, CORRUPT, answers=PAIR, sites="resid_post", check=2)
+    assert close(in_logits(r, "resid_post"), naive(m, CLEAN, CORRUPT, m.layers), torch.float32)
     with pytest.raises(PackError):
         attribute(m, CLEAN, CORRUPT, answers=PAIR, method="eap")
 
