@@ -53,6 +53,13 @@ def parser() -> argparse.ArgumentParser:
         help="a folder of your own tool packs",
     )
     common.add_argument(
+        "--investigations",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a folder of your own investigations, beside the shipped ones",
+    )
+    common.add_argument(
         "--notebooks",
         metavar="DIR",
         action="append",
@@ -165,6 +172,7 @@ def config_of(flags: argparse.Namespace) -> Config:
         state=flags.state,
         models=flags.models,
         packs=tuple(flags.packs),
+        investigations=tuple(flags.investigations),
         notebook_roots=tuple(flags.notebooks),
         pass_env=tuple(flags.pass_env),
         python=flags.python,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..backends import Progress
 from ..config import Config
-from ..environment import Investigation, SandboxSpec, read_investigation
+from ..environment import Investigation, Investigations, SandboxSpec, read_investigation
 from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, show
 from ..files import private_dir, resolve_inside
 from ..ipynb import read_notebook
@@ -41,6 +41,7 @@ class Register:
     def __init__(self, config: Config, packs: Packs) -> None:
         self.config = config
         self.packs = packs
+        self.shelf = Investigations(config.investigations)
         self.closed = asyncio.Event()
         self._held = Holdings(config, packs)
         self._starts = Starts(self._held)
@@ -96,11 +97,21 @@ class Register:
 
     # -- start --------------------------------------------------------------------------------
 
-    def investigation(self, path: str) -> Investigation:
-        """Read the investigation of a folder that may be read. Raises NotFound or InvestigationRefused."""
+    def investigation(self, asked: str) -> Investigation:
+        """The investigation of a name, or of a folder that may be read.
+
+        Raises NotFound (with those that there are), PathRefused or InvestigationRefused.
+        """
+        if file := self.shelf.file(asked):
+            return read_investigation(file)
         config = self.config
-        roots = [config.project_dir, config.outputs_dir, *config.notebook_roots]
-        return read_investigation(resolve_inside("investigation", path, config.project_dir, roots))
+        roots = [
+            config.project_dir, config.outputs_dir, *config.notebook_roots, *config.investigations
+        ]  # fmt: skip
+        path = resolve_inside("investigation", asked, config.project_dir, roots)
+        if not path.exists():
+            raise self.shelf.unknown(asked)
+        return read_investigation(path)
 
     async def price(self, spec: SandboxSpec) -> tuple[Price | None, str]:
         """What such a sandbox costs, and that in a sentence. Raises BadInput or BudgetSpent."""
