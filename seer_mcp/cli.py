@@ -16,6 +16,7 @@ from .cloud_models import run_cloud_models
 from .config import Config, from_environment
 from .environment import schema
 from .errors import BadInput, SeerError
+from .grading import kept
 from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
 from .model_store.command import add_models, run_models
@@ -156,6 +157,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add_models(commands, common)
     add_sandboxes(commands, common)
+    grades = commands.add_parser(
+        "grades", parents=[common], help="what graders said of submitted findings"
+    )
+    grades.add_argument("--json", action="store_true", help="print one JSON list")
     commands.add_parser(
         "schema", help="print the JSON schema of investigation.toml, for editors that check it"
     )
@@ -193,6 +198,28 @@ def arm_faults(plan: str) -> None:
         raise BadInput("SEER_MCP_FAULT", plan, str(error)) from error
 
 
+def run_grades(config: Config, as_json: bool) -> int:
+    """Print all grades; 1 if one could not be read, else 0."""
+    found, problems = kept(config.state_dir)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        for one in found:
+            score = "no grade" if one["score"] is None else f"{one['score']:.2f}"
+            why = one["failed"] or one["notes"]
+            tail = f"\n    {' '.join(why.split())}" if why else ""
+            print(
+                f"{score:8} {one['investigation']}  {one['sandbox']} findings {one['number']}, "
+                f"confidence {one['confidence']:.0%}: {' '.join(one['claim'].split())[:200]}\n"
+                f"    {one['notebook']}{tail}"
+            )
+        if not found:
+            print("no findings were graded")
+    for problem in problems:
+        print(f"seer-mcp: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
 async def run_doctor(config: Config, only: Sequence[str], fix: bool, as_json: bool) -> int:
     """Print the report; 0 if nothing failed, else 1."""
     from .doctor import Line, Patient, examine
@@ -225,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor",
         "models",
         "sandboxes",
+        "grades",
         "schema",
         "--version",
         "--help",
@@ -250,6 +278,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_models(flags, config)
         if flags.command == "sandboxes":
             return asyncio.run(run_sandboxes(flags, config))
+        if flags.command == "grades":
+            return run_grades(config, flags.json)
         if flags.command == "doctor":
             return asyncio.run(run_doctor(config, flags.only, flags.fix, flags.json))
         if flags.command == "serve":

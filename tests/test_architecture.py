@@ -21,7 +21,7 @@ FLOORS = [
     ["tools", "prompts"],
     ["sessions"],
     ["backends"],
-    ["catalogue"],
+    ["catalogue", "findings", "grading"],
     ["notebook", "kernel", "packs", "environment", "config", "model_store"],
     ["ipynb", "observe"],
     ["audit", "spend"],

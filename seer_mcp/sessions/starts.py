@@ -22,6 +22,7 @@ from ..errors import (
     show,
 )
 from ..files import Lock, checked_name, private_dir, resolve_inside, write_json
+from ..findings import record_path
 from ..ipynb import read_notebook
 from ..kernel_host.fault import fault_point
 from ..model_store import ModelStore
@@ -202,7 +203,7 @@ class Starts:
             state_dir,
             self._held.runtime_dir(handle),
             path.parent,
-            (path,),
+            (path, record_path(path)),
             order.packs,
             owner,
             found.values,
