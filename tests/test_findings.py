@@ -61,8 +61,8 @@ async def test_findings_become_a_cell_and_a_record(lab: Lab) -> None:
         "submit_findings",
         sandbox=handle,
         claim="The effect is 2.5, that of the control 0.1.",
-        evidence=[shown],
-        controls=[control],
+        evidence=shown,
+        controls=control,
         confidence=0.9,
         answer="2.5",
         limits="One seed.",
@@ -86,7 +86,7 @@ async def test_findings_become_a_cell_and_a_record(lab: Lab) -> None:
     assert (one["sandbox"], one["cell"], one["investigation"]) == (handle, cell["id"], None)
     assert [each["cell"] for each in one["evidence"] + one["controls"]] == [shown, control]
     again = await lab.ok(
-        "submit_findings", sandbox=handle, claim="More.", evidence=[control], confidence=0.5
+        "submit_findings", sandbox=handle, claim="More.", evidence=control, confidence=0.5
     )
     assert "findings 2" in again and "No control was named" in again
     assert len(json.loads(path.with_suffix(".findings.json").read_text())["submissions"]) == 2
@@ -100,21 +100,21 @@ async def test_what_shows_nothing_is_no_evidence(lab: Lab) -> None:
     prose = (await lab.cell(handle, "text", type="markdown")).meta["seer/cell"]
     given: dict[str, Any] = {"sandbox": handle, "claim": "It is so.", "confidence": 0.5}
     for wrong, said in (
-        ({"evidence": []}, "name the cells"),
-        ({"evidence": [failed]}, "'error'"),
-        ({"evidence": [unrun]}, "not run"),
-        ({"evidence": [prose]}, "markdown"),
-        ({"evidence": [shown], "controls": ["nothing"]}, "No cell 'nothing'"),
-        ({"evidence": [shown], "claim": "  "}, "claim"),
-        ({"evidence": [shown], "confidence": 1.5}, "confidence"),
-        ({"evidence": [shown], "confidence": "high"}, "confidence"),
-        ({"evidence": [shown], "answer": "x" * 5000}, "at most 4,000"),
-        ({"evidence": [shown] * 51}, "evidence"),
-        ({"evidence": [shown], "proof": "x"}, "no parameter 'proof'"),
+        ({"evidence": " "}, "name the cells"),
+        ({"evidence": failed}, "'error'"),
+        ({"evidence": unrun}, "not run"),
+        ({"evidence": prose}, "markdown"),
+        ({"evidence": shown, "controls": "nothing"}, "No cell 'nothing'"),
+        ({"evidence": shown, "claim": "  "}, "claim"),
+        ({"evidence": shown, "confidence": 1.5}, "confidence"),
+        ({"evidence": shown, "confidence": "high"}, "confidence"),
+        ({"evidence": shown, "answer": "x" * 5000}, "at most 4,000"),
+        ({"evidence": f"{shown} " * 51}, "evidence"),
+        ({"evidence": shown, "proof": "x"}, "no parameter 'proof'"),
     ):
         assert said in await lab.no("submit_findings", **{**given, **wrong})
     await lab.ok("edit_cell", sandbox=handle, cell=shown, source="print(3)")
-    assert "edited since" in await lab.no("submit_findings", **given, evidence=[shown])
+    assert "edited since" in await lab.no("submit_findings", **given, evidence=shown)
     assert not (await lab.notebook_path(handle)).with_suffix(".findings.json").exists()
 
 
@@ -125,7 +125,7 @@ async def test_the_record_is_the_servers(lab: Lab) -> None:
     given: dict[str, Any] = {
         "sandbox": handle,
         "claim": "So.",
-        "evidence": [shown],
+        "evidence": shown,
         "confidence": 1,
     }
     await lab.ok("submit_findings", **given)
@@ -301,7 +301,7 @@ async def test_nothing_of_a_grader_gets_to_the_client(tmp_path: Path, kind: str)
             sandbox=handle,
             claim="It is a word.",
             answer="plover",
-            evidence=[shown],
+            evidence=shown,
             confidence=0.6,
         )
         assert not submitted.is_error, text_of(submitted)
@@ -357,7 +357,7 @@ async def test_a_judge_is_the_clients_model_in_a_conversation_of_its_own(
         handle = await lab.start(investigation="puzzle")
         shown = (await lab.cell(handle, "print('the printed evidence')")).meta["seer/run"]["cell"]
         said = await lab.ok(
-            "submit_findings", sandbox=handle, claim="A word.", evidence=[shown], confidence=1
+            "submit_findings", sandbox=handle, claim="A word.", evidence=shown, confidence=1
         )
         assert SECRET not in said
     assert len(asked) == 1
@@ -377,7 +377,7 @@ async def test_a_grader_is_found_again_by_the_next_server(tmp_path: Path) -> Non
             sandbox=handle,
             claim="x",
             answer="plover",
-            evidence=[shown],
+            evidence=shown,
             confidence=1,
         )
     done = subprocess.run(

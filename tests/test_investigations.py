@@ -223,3 +223,27 @@ async def test_a_workspace_is_set_up(shelf: Path, tmp_path: Path) -> None:
         assert "zebra-marker" in await lab.ok(
             "read_file", sandbox=handle, path="skills/counting/SKILL.md"
         )
+        overview = await lab.ok("list_techniques")
+        assert "tallies" in overview and "skill counting: How to count" in overview
+        assert len(overview.encode()) < 4_000
+        assert "How many different words" in await lab.ok("list_techniques", name="tallies.tally")
+        told = await lab.ok("list_techniques", name="counting")
+        assert "zebra-marker" in told and "skills/counting/" in told
+        assert "tallies.tally" in await lab.ok("list_techniques", question="repeated words twice")
+        await lab.ok("stop_sandbox", sandbox=handle)
+        assert "tallies" not in await lab.ok("list_techniques")
+        assert "No pack or technique" in await lab.no("list_techniques", name="counting")
+
+
+async def test_a_hidden_model_is_loaded_by_a_name_that_says_nothing(tmp_path: Path) -> None:
+    """What a client sees and the notebook keeps; the kernel's own files and environment are another matter."""
+    async with open_lab(tmp_path) as lab:
+        result = await lab.call("start_sandbox", investigation="hidden_preference")
+        handle = result.meta["seer/sandbox"]["handle"]
+        while "running for" in (said := await lab.ok("read_outputs", sandbox=handle)):
+            continue
+        shown = await lab.ok("read_notebook", sandbox=handle, cells="all", outputs=True)
+        assert 'm = load_model("model_1", alias="model_1")' in shown
+        assert "6 layers" in shown
+        for text in (result.model_dump_json(), said, shown, await lab.ok("list_sandboxes")):
+            assert "user_female" not in text and "organism:" not in text

@@ -159,8 +159,8 @@ async def main() -> None:
         submitted = await who.submit(
             claim,
             answer=answer,
-            evidence=evidence,
-            controls=controls,
+            evidence=" ".join(evidence),
+            controls=" ".join(controls),
             confidence=0.95 if control else 0.8,
             limits="One way of asking (recommendations); a control whose share had moved as far would have shown it "
             "wrong. Whether other beliefs were planted beside this one was not looked at.",

@@ -94,8 +94,8 @@ async def main() -> None:
         told = await who.submit(
             claim,
             answer=str(shape["layers"]),
-            evidence=[anatomy_cell, answers_cell],
-            controls=[who.last_cell],
+            evidence=f"{anatomy_cell} {answers_cell}",
+            controls=who.last_cell,
             confidence=0.99,
             limits="One question of fact; a lens shows what could be read, not what the model uses.",
         )

@@ -26,16 +26,19 @@ OUTPUT_CHARACTERS = 6_000  # of each cell, that a grader gets
 JUDGE_TOKENS = 1_000
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Cells = Annotated[list[str], Field(max_length=50)]
+
+
+def ids(cells: str) -> list[str]:
+    return cells.replace(",", " ").split()
 
 
 def concluded(
     session: Session,
     claim: str,
-    evidence: list[str],
+    evidence: str,
     confidence: float,
     answer: str,
-    controls: list[str],
+    controls: str,
     limits: str,
 ) -> Findings:
     """What was submitted, checked. Raises BadInput or NotFound."""
@@ -45,7 +48,7 @@ def concluded(
             raise BadInput(name, said, f"at most {CLAIM_CHARACTERS:,}; the notebook has the rest")
     if not claim.strip():
         raise BadInput("claim", claim, "say in a sentence or two what was found, with its numbers")
-    if not evidence:
+    if not ids(evidence):
         raise BadInput(
             "evidence",
             evidence,
@@ -56,8 +59,8 @@ def concluded(
         claim,
         answer,
         confidence,
-        shown(notebook, "evidence", evidence),
-        shown(notebook, "controls", controls),
+        shown(notebook, "evidence", ids(evidence)),
+        shown(notebook, "controls", ids(controls)),
         limits,
     )
 
@@ -104,10 +107,10 @@ def tools(register: Register) -> list[Tool]:
         context: Context[Any, Any],
         sandbox: str,
         claim: str,
-        evidence: list[str],
+        evidence: str,
         confidence: float,
         answer: str,
-        controls: list[str],
+        controls: str,
         limits: str,
     ) -> Sample | None:
         """Asks the client's model, in a conversation of its own, if the investigation wants a judge."""
@@ -124,11 +127,11 @@ def tools(register: Register) -> list[Tool]:
     async def submit_findings(
         sandbox: str,
         claim: str,
-        evidence: Cells,
+        evidence: str,
         confidence: Share,
         judged: Annotated[CreateMessageResult | None, Resolve(judge)],
         answer: str = "",
-        controls: Cells = [],  # noqa: B006 (read only; None would be a second way to say it)
+        controls: str = "",
         limits: str = "",
     ) -> CallToolResult:
         """End an investigation: writes what was found as a cell and as a record beside the notebook. claim: what was
@@ -180,7 +183,9 @@ def tools(register: Register) -> list[Tool]:
                 False,
             ): " They could not be graded; the operator finds the reason with seer-mcp grades.",
         }.get((grader is not None, was_graded), "")
-        more = "" if controls else " No control was named: a claim without one convinces nobody."
+        more = (
+            "" if found.controls else " No control was named: a claim without one convinces nobody."
+        )
         return Answer(
             f"findings {number}: written as cell {cell.id} and into {path.name}.{said}{more}{notes(session)}",
             meta={

@@ -38,6 +38,7 @@ BY_HANDLE = {
     "read_file": {"path": "x"},
     "write_file": {"path": "x", "content": "x"},
     "list_files": {},
+    "submit_findings": {"claim": "x", "evidence": "abcd", "confidence": 1},
 }
 
 
