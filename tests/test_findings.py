@@ -118,6 +118,17 @@ async def test_what_shows_nothing_is_no_evidence(lab: Lab) -> None:
     assert not (await lab.notebook_path(handle)).with_suffix(".findings.json").exists()
 
 
+async def test_findings_can_be_submitted_when_the_sandbox_is_gone(lab: Lab) -> None:
+    """Its time or its money may be over before the conclusion is written."""
+    handle = await lab.start()
+    shown, _ = await two_cells(lab, handle)
+    path = await lab.notebook_path(handle)
+    await lab.ok("stop_sandbox", sandbox=handle)
+    await lab.ok("submit_findings", sandbox=handle, claim="So.", evidence=shown, confidence=1)
+    assert "## Findings 1" in "".join(read_cells(path)[-1]["source"])
+    assert path.with_suffix(".findings.json").exists()
+
+
 async def test_the_record_is_the_servers(lab: Lab) -> None:
     """No tool writes it, and one that was damaged is never written over."""
     handle = await lab.start()
