@@ -17,6 +17,7 @@ from .cloud_models import run_cloud_models
 from .config import Config, from_environment
 from .environment import schema
 from .errors import BadInput, SeerError
+from .grading import kept
 from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
 from .model_store.command import add_models, run_models
@@ -78,6 +79,13 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="a folder of your own tool packs",
+    )
+    common.add_argument(
+        "--investigations",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a folder of your own investigations, beside the shipped ones",
     )
     common.add_argument(
         "--notebooks",
@@ -176,6 +184,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add_models(commands, common)
     add_sandboxes(commands, common)
+    grades = commands.add_parser(
+        "grades", parents=[common], help="what graders said of submitted findings"
+    )
+    grades.add_argument("--json", action="store_true", help="print one JSON list")
     commands.add_parser(
         "schema", help="print the JSON schema of investigation.toml, for editors that check it"
     )
@@ -192,6 +204,7 @@ def config_of(flags: argparse.Namespace) -> Config:
         state=flags.state,
         models=flags.models,
         packs=tuple(flags.packs),
+        investigations=tuple(flags.investigations),
         notebook_roots=tuple(flags.notebooks),
         pass_env=tuple(flags.pass_env),
         python=flags.python,
@@ -210,6 +223,28 @@ def arm_faults(plan: str) -> None:
         arm("" if in_host(plan) else plan)
     except ValueError as error:
         raise BadInput("SEER_MCP_FAULT", plan, str(error)) from error
+
+
+def run_grades(config: Config, as_json: bool) -> int:
+    """Print all grades; 1 if one could not be read, else 0."""
+    found, problems = kept(config.state_dir)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        for one in found:
+            score = "no grade" if one["score"] is None else f"{one['score']:.2f}"
+            why = one["failed"] or one["notes"]
+            tail = f"\n    {' '.join(why.split())}" if why else ""
+            print(
+                f"{score:8} {one['investigation']}  {one['sandbox']} findings {one['number']}, "
+                f"confidence {one['confidence']:.0%}: {' '.join(one['claim'].split())[:200]}\n"
+                f"    {one['notebook']}{tail}"
+            )
+        if not found:
+            print("no findings were graded")
+    for problem in problems:
+        print(f"seer-mcp: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 async def run_doctor(config: Config, only: Sequence[str], fix: bool, as_json: bool) -> int:
@@ -244,6 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor",
         "models",
         "sandboxes",
+        "grades",
         "schema",
         "--version",
         "--help",
@@ -269,6 +305,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_models(flags, config)
         if flags.command == "sandboxes":
             return asyncio.run(run_sandboxes(flags, config))
+        if flags.command == "grades":
+            return run_grades(config, flags.json)
         if flags.command == "doctor":
             return asyncio.run(run_doctor(config, flags.only, flags.fix, flags.json))
         if flags.command == "serve":

@@ -18,10 +18,10 @@ FLOORS = [
     ["cloud_models", "demo", "doctor", "sandboxes"],
     ["http"],
     ["server"],
-    ["tools"],
+    ["tools", "prompts"],
     ["sessions"],
     ["backends"],
-    ["catalogue"],
+    ["catalogue", "findings", "grading"],
     ["notebook", "kernel", "packs", "environment", "config", "model_store"],
     ["ipynb", "observe"],
     ["audit", "spend"],
@@ -41,7 +41,7 @@ FLOORS = [
     ],
 ]
 FLOOR = {room: number for number, rooms in enumerate(reversed(FLOORS)) for room in rooms}
-KNOW_MCP = {"tools", "server", "http", "render", "cli", "demo"}
+KNOW_MCP = {"tools", "prompts", "server", "http", "render", "cli", "demo"}
 
 
 def room_of(path: Path) -> str:

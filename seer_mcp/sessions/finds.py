@@ -68,6 +68,7 @@ class Finds:
             meter = taken_up(
                 self._held.book, self._held.config.allowances, handle, owner, record.get("price")
             )
+            investigation = Path(str(given)) if (given := record.get("investigation")) else None
             stopping, named = record.get("stopping"), tuple(map(str, record.get("secrets", ())))
         except (*DAMAGE, TypeError, ValueError) as error:
             lock.release()
@@ -87,7 +88,7 @@ class Finds:
             past = self._held.session(
                 handle, name, owner, backend_name, Notebook(path), folder, lock, created
             )
-            past.meter = meter
+            past.meter, past.investigation = meter, investigation
             if meter is not None:
                 meter.closed = self._held.book.closed(handle)
             past.ended, past.unread = str(ended), True
@@ -114,6 +115,7 @@ class Finds:
             handle, name, owner, backend_name, document, folder, lock, created
         )
         session.notebook_lock, session.meter, session.secrets = notebook_lock, meter, named
+        session.investigation = investigation
         self._held.config.redactor.know(self._held.config.secrets.at_hand(named))
         try:
             backend = await self._held.backend(backend_name)

@@ -11,18 +11,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..backends import Progress
 from ..config import Config
-from ..environment import Investigation, SandboxSpec, read_investigation
-from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, show
+from ..environment import (
+    Investigation,
+    Investigations,
+    SandboxSpec,
+    Skill,
+    read_investigation,
+)
+from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, SeerError, show
 from ..files import private_dir, resolve_inside
 from ..ipynb import read_notebook
 from ..money import Price
 from ..notebook import Notebook
 from ..observe import Observer
-from ..packs import Packs
+from ..packs import Listing, Packs
 from ..sharedfile import stamp
 from .finds import Finds
 from .holdings import Holdings
@@ -51,6 +58,7 @@ class Register:
     def __init__(self, config: Config, packs: Packs) -> None:
         self.config = config
         self.packs = packs
+        self.shelf = Investigations(config.investigations)
         self.closed = asyncio.Event()
         self._held = Holdings(config, packs)
         self._starts = Starts(self._held)
@@ -104,11 +112,42 @@ class Register:
 
     # -- start --------------------------------------------------------------------------------
 
-    def investigation(self, path: str) -> Investigation:
-        """Read the investigation of a folder that may be read. Raises NotFound or InvestigationRefused."""
+    def investigation(self, asked: str) -> Investigation:
+        """The investigation of a name, or of a folder that may be read.
+
+        Raises NotFound (with those that there are), PathRefused or InvestigationRefused.
+        """
+        if file := self.shelf.file(asked):
+            return read_investigation(file)
         config = self.config
-        roots = [config.project_dir, config.outputs_dir, *config.notebook_roots]
-        return read_investigation(resolve_inside("investigation", path, config.project_dir, roots))
+        roots = [
+            config.project_dir, config.outputs_dir, *config.notebook_roots, *config.investigations
+        ]  # fmt: skip
+        path = resolve_inside("investigation", asked, config.project_dir, roots)
+        if not path.exists():
+            raise self.shelf.unknown(asked)
+        return read_investigation(path)
+
+    def workspace(self, owner: str) -> tuple[Listing, tuple[Skill, ...]]:
+        """All packs, and the skills, that the caller's running sandboxes have."""
+        folders: list[Path] = []
+        skills: dict[str, Skill] = {}
+        problems: list[str] = []
+        for file in {
+            s.investigation for s in self._held.live if s.owner == owner and s.investigation
+        }:
+            try:
+                found = read_investigation(file)
+            except SeerError as error:  # it was changed since it was started
+                problems.append(" ".join(str(error).split()))
+                continue
+            folders += found.pack_folders
+            skills |= {skill.name: skill for skill in found.skills}
+        if not folders and not problems:
+            return self.packs.read(), tuple(skills.values())
+        listing = self.packs.with_folders(sorted(folders)).read()
+        listing = replace(listing, problems=(*listing.problems, *problems))
+        return listing, tuple(skills.values())
 
     async def price(self, spec: SandboxSpec) -> tuple[Price | None, str]:
         """What such a sandbox costs, and that in a sentence. Raises BadInput or BudgetSpent."""

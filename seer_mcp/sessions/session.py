@@ -112,6 +112,10 @@ class Session:
         self.lease = Lease()
         self.secrets: tuple[str, ...] = ()
         """Names of the secrets that were given to it."""
+        self.investigation: Path | None = None
+        """The investigation.toml that it was started with."""
+        self.opening: list[RunInfo] = []
+        """Runs of the cells that its notebook began with."""
         self.unread = False
         """It ended long ago: its notebook is read when somebody asks for it."""
         self.lost_bytes = 0
@@ -729,6 +733,7 @@ class Session:
                 "stopping": self.stopping,
                 "price": self.meter.kept() if self.meter is not None else None,
                 "secrets": list(self.secrets),
+                "investigation": str(self.investigation) if self.investigation else None,
                 "sandbox": sandbox,
             }
         )
