@@ -7,9 +7,11 @@ import math
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 
+from .environment import Skill
 from .errors import BadInput, NotFound
-from .packs import SECTIONS, Listing, Pack, Technique, origin
+from .packs import SECTIONS, Listing, Pack, Technique, origin, visible
 
 OVERVIEW_BYTES = 4_000
 DETAIL_CHARACTERS = 16_000
@@ -18,13 +20,16 @@ DETAIL_CHARACTERS = 16_000
 NEXT = "Next: list_techniques(name='pack' or 'pack.technique') or (question='…')."
 
 
-def overview(listing: Listing) -> str:
+def overview(listing: Listing, skills: Sequence[Skill] = ()) -> str:
     """A line for each technique, by pack, and how to ask further; below 4 kB however many.
 
     Lines are cut to the greatest width with which all fit. Where that is narrow the packs' own
     summaries go first: what a technique answers says more.
     """
-    problems = [f"! {_shorten(problem, 200)}" for problem in listing.problems[:3]]
+    problems = [
+        f"skill {skill.name}: {_shorten(visible(skill.description), 150)}" for skill in skills[:8]
+    ]
+    problems += [f"! {_shorten(problem, 200)}" for problem in listing.problems[:3]]
     if len(listing.problems) > 3:
         problems.append(f"! {len(listing.problems) - 3} more files or folders are not listed")
     if not listing.packs:
@@ -68,8 +73,8 @@ def _shorten(text: str, width: int) -> str:
     return f"{cut.rpartition(' ')[0] or cut}…"
 
 
-def detail(listing: Listing, name: str) -> str:
-    """All about the pack, `pack.technique` or technique called `name`.
+def detail(listing: Listing, name: str, skills: Sequence[Skill] = ()) -> str:
+    """All about the pack, `pack.technique`, technique or skill called `name`.
 
     Raises NotFound with the nearest names, BadInput when several packs have that technique.
     """
@@ -77,6 +82,9 @@ def detail(listing: Listing, name: str) -> str:
     for pack in listing.packs:
         if pack.name == wanted:
             return _bounded(_pack_detail(pack))
+    for skill in skills:
+        if wanted.removeprefix("skill ") == skill.name:
+            return _bounded(_skill_detail(skill))
     full = [(p, t) for p, t in listing.techniques() if t.full_name == wanted]
     found = full or [(p, t) for p, t in listing.techniques() if t.name == wanted]
     if len(found) == 1:
@@ -85,13 +93,21 @@ def detail(listing: Listing, name: str) -> str:
         several = ", ".join(technique.full_name for _, technique in found)
         raise BadInput("name", name, f"several packs have this technique; name one: {several}.")
 
-    known = {pack.name: pack.name for pack in listing.packs}
+    known = {name: name for name in [*(p.name for p in listing.packs), *(s.name for s in skills)]}
     for _, technique in listing.techniques():
         known[technique.full_name] = technique.full_name
         known.setdefault(technique.name, technique.full_name)
     close = difflib.get_close_matches(wanted[:100], list(known), n=6, cutoff=0.5)
     near = dict.fromkeys(known[key] for key in close)
     raise NotFound("pack or technique", name, near or [pack.name for pack in listing.packs])
+
+
+def _skill_detail(skill: Skill) -> str:
+    head = f"skill {skill.name}: {visible(skill.description)}"
+    where = (
+        f"from the investigation's folder; its files are in the sandbox under skills/{skill.name}/"
+    )
+    return f"{head}\n\n{where}\n\n{visible(skill.text)}"
 
 
 def _pack_detail(pack: Pack) -> str:
@@ -115,7 +131,7 @@ def _technique_detail(pack: Pack, technique: Technique) -> str:
         technique.description,
     ]
     for heading, field in SECTIONS.items():
-        text = getattr(technique, field)
+        text = technique.cell if heading == "Example" else getattr(technique, field)
         if text:
             parts.append(f"{heading}:\n{_indent(text)}")
     return "\n\n".join(part for part in parts if part)
@@ -135,13 +151,15 @@ def _bounded(text: str) -> str:
 # Search
 
 _STOP_WORDS = """
-a an and any are as at be been but by can could did do does for from had has have how i if in into
+a about an and any are as at be been but by can could did do does for from get had has have how i
+if in into
 is it its me model models my no not of on one or should so some something than that the their them
-then there these they thing this to two use used want was we were what when where whether which who why
+then there these they thing this to use used want was we were what when where whether which who why
 will with would you your
 """
 _STOP = frozenset(_STOP_WORDS.split())
 _ENDINGS = (
+    *(("ization", "iz"), ("isation", "is")),
     *(("ies", "i"), ("ied", "i"), ("ing", ""), ("ed", ""), ("al", ""), ("es", "")),
     *(("ss", "ss"), ("us", "us"), ("is", "is"), ("as", "as"), ("s", "")),
 )
@@ -157,6 +175,7 @@ elicit extract reveal leak confess
 finetune finetuning train training tune tuned adapter lora
 change differ difference diff disagree diverge compare comparison
 activation hidden state internal inside residual stream
+capture extract record cache embedding
 layer depth block early late middle
 decide decision determine emerge form arise stop commit
 cause causal responsible matter patch patching effect localize locate
@@ -173,7 +192,13 @@ remove erase ablate delete ablation
 interpret explain explanation describe mean meaning verbalize
 introspect introspection report notice aware
 visualize plot draw picture
-tokenize tokenizer split
+tokenize tokenizer tokenization token split
+architecture anatomy structure
+persona character personality trait
+caa contrastive contrast pair
+repe representation engineering
+belief preference opinion bias favourite
+refusal harmful harmless
 """
 
 
@@ -247,6 +272,7 @@ def _weighted_words(pack: Pack, technique: Technique) -> Counter[str]:
         (technique.args, 1),
         (technique.returns, 1),
         (technique.controls, 1),
+        (technique.paper, 1),
         (technique.example, 1),
     ):
         for word in _words(text):
@@ -269,7 +295,7 @@ def _stem(word: str) -> str:
         word = word[:-1]
     if len(word) > 3 and word[-1] in "ey":
         word = word[:-1] + ("i" if word[-1] == "y" else "")
-    return word
+    return f"{word[:-2]}is" if len(word) > 5 and word.endswith("iz") else word  # -ize, -ise
 
 
 def _alike() -> dict[str, set[str]]:

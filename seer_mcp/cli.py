@@ -16,11 +16,14 @@ from .cloud_models import run_cloud_models
 from .config import Config, from_environment
 from .environment import schema
 from .errors import BadInput, SeerError
+from .flags import above_zero, count
+from .grading import kept
 from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
 from .model_store.command import add_models, run_models
 from .sandboxes import add_sandboxes, run_sandboxes
 from .serve import add_serve, run_token
+from .sessions import make_folders
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,6 +57,13 @@ def parser() -> argparse.ArgumentParser:
         help="a folder of your own tool packs",
     )
     common.add_argument(
+        "--investigations",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="a folder of your own investigations, beside the shipped ones",
+    )
+    common.add_argument(
         "--notebooks",
         metavar="DIR",
         action="append",
@@ -72,19 +82,19 @@ def parser() -> argparse.ArgumentParser:
     )
     common.add_argument(
         "--idle-minutes",
-        type=float,
+        type=above_zero,
         metavar="N",
         help="a sandbox without use ends itself after N minutes (default: 120)",
     )
     common.add_argument(
         "--max-wait",
-        type=float,
+        type=above_zero,
         metavar="S",
         help="the longest that one tool call waits, in seconds (default: 45)",
     )
     common.add_argument(
         "--output-cap",
-        type=int,
+        type=count,
         metavar="BYTES",
         help="how much output of one run is kept (default: 200000000)",
     )
@@ -102,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     )
     common.add_argument(
         "--audit-code",
-        type=int,
+        type=count,
         metavar="CHARACTERS",
         help="how much of each piece of code the audit file keeps beside its hash (default: 4000)",
     )
@@ -141,6 +151,10 @@ def parser() -> argparse.ArgumentParser:
     )
     add_models(commands, common)
     add_sandboxes(commands, common)
+    grades = commands.add_parser(
+        "grades", parents=[common], help="what graders said of submitted findings"
+    )
+    grades.add_argument("--json", action="store_true", help="print one JSON list")
     commands.add_parser(
         "schema", help="print the JSON schema of investigation.toml, for editors that check it"
     )
@@ -157,6 +171,7 @@ def config_of(flags: argparse.Namespace) -> Config:
         state=flags.state,
         models=flags.models,
         packs=tuple(flags.packs),
+        investigations=tuple(flags.investigations),
         notebook_roots=tuple(flags.notebooks),
         pass_env=tuple(flags.pass_env),
         python=flags.python,
@@ -175,6 +190,28 @@ def arm_faults(plan: str) -> None:
         arm("" if in_host(plan) else plan)
     except ValueError as error:
         raise BadInput("SEER_MCP_FAULT", plan, str(error)) from error
+
+
+def run_grades(config: Config, as_json: bool) -> int:
+    """Print all grades; 1 if one could not be read, else 0."""
+    found, problems = kept(config.state_dir)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        for one in found:
+            score = "no grade" if one["score"] is None else f"{one['score']:.2f}"
+            why = one["failed"] or one["notes"]
+            tail = f"\n    {' '.join(why.split())}" if why else ""
+            print(
+                f"{score:8} {one['investigation']}  {one['sandbox']} findings {one['number']}, "
+                f"confidence {one['confidence']:.0%}: {' '.join(one['claim'].split())[:200]}\n"
+                f"    {one['notebook']}{tail}"
+            )
+        if not found:
+            print("no findings were graded")
+    for problem in problems:
+        print(f"seer-mcp: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 async def run_doctor(config: Config, only: Sequence[str], fix: bool, as_json: bool) -> int:
@@ -210,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "models",
         "sandboxes",
         "token",
+        "grades",
         "schema",
         "--version",
         "--help",
@@ -237,6 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return asyncio.run(run_sandboxes(flags, config))
         if flags.command == "token":
             return run_token(flags, config)
+        if flags.command == "grades":
+            return run_grades(config, flags.json)
         if flags.command == "doctor":
             return asyncio.run(run_doctor(config, flags.only, flags.fix, flags.json))
         if flags.command == "serve":
@@ -246,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             from .server import serve_stdio
 
+            make_folders(config)  # a client shows one sentence rather than a traceback
             asyncio.run(serve_stdio(config))
     except (SeerError, OSError) as error:
         print(f"seer-mcp: {error}", file=sys.stderr)

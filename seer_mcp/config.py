@@ -117,6 +117,8 @@ class Config:
     """What all sandboxes of the state folder together may cost."""
     packs: tuple[Path, ...] = ()
     """Folders of the user's own packs."""
+    investigations: tuple[Path, ...] = ()
+    """Folders of the user's own investigations, beside the shipped ones."""
     notebook_roots: tuple[Path, ...] = ()
     """Further folders whose notebooks may be opened."""
     python: str = sys.executable
@@ -192,6 +194,7 @@ def from_environment(
     state: str | None = None,
     models: str | None = None,
     packs: tuple[str, ...] = (),
+    investigations: tuple[str, ...] = (),
     notebook_roots: tuple[str, ...] = (),
     pass_env: tuple[str, ...] = (),
     python: str | None = None,
@@ -229,6 +232,7 @@ def from_environment(
         redactor=Redactor(secrets.known()),
         allowances=tuple(parse_allowance(limit) for limit in limits),
         packs=tuple(Path(p).absolute() for p in packs),
+        investigations=tuple(Path(p).absolute() for p in investigations),
         notebook_roots=tuple(Path(p).absolute() for p in notebook_roots),
         python=python or environ.get("SEER_MCP_PYTHON") or sys.executable,
         ssh=tuple(shlex.split(environ.get("SEER_MCP_SSH", ""))) or defaults.ssh,

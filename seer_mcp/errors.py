@@ -17,7 +17,8 @@ SeerError
 ├── ModelUnavailable    a model of the hub that could not be fetched
 ├── NotebookUnreadable  the file is not a notebook that can be opened without losing something
 ├── NotebookNotSaved    the disk refused the document (nothing is lost: the journal has it)
-└── PackError           a pack that cannot be read
+├── PackError           a pack that cannot be read
+└── Refused             the operating system refused a step
 
 Each class writes its sentence from the facts: what is wrong, with the value, and what to do next.
 """
@@ -187,3 +188,12 @@ class NotebookNotSaved(SeerError):
 
 class PackError(SeerError):
     pass
+
+
+class Refused(SeerError):
+    def __init__(self, error: OSError) -> None:
+        where = "".join(f": {show(name, 300)}" for name in (error.filename,) if name)
+        super().__init__(
+            f"This could not be done ({error.strerror or error}{where}). Mend that and call again; "
+            "the server's log says where it happened."
+        )

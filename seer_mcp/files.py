@@ -64,7 +64,9 @@ def private_dir(path: Path) -> Path:
     """A folder that nobody else can enter; made if needed."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = path.lstat()
-    if not path.is_dir() or path.is_symlink() or info.st_uid != os.getuid():
+    if path.is_symlink():
+        raise BadInput("folder", str(path), "it is a link; name the folder that it leads to")
+    if info.st_uid != os.getuid():
         raise BadInput(
             "folder", str(path), "it belongs to somebody else; remove it or name another"
         )

@@ -34,7 +34,7 @@ from opentelemetry.trace import (
 
 from . import __version__
 from .audit import Audit, described
-from .logs import Log
+from .logs import Log, frames
 from .redact import Redactor
 
 IDENTIFIER = re.compile(r"[A-Za-z0-9_.-]{1,80}")
@@ -126,6 +126,13 @@ class Observer:
     def not_made(self, folder: Path, error: OSError) -> None:
         why = error.strerror or str(error)
         self.log.write("folder_not_made", logging.WARNING, path=str(folder), why=why)
+
+    def refused(self, tool: str, error: OSError) -> None:
+        """What the system refused in a tool that did not expect it."""
+        call = current_call()
+        self.log.write(
+            "refused", logging.ERROR, tool=tool, call=call.id if call else None, error=frames(error)
+        )
 
     async def close(self) -> None:
         self.log.write("server_ended")

@@ -75,6 +75,12 @@ class Technique:
     def full_name(self) -> str:
         return f"{self.pack}.{self.name}"
 
+    @property
+    def cell(self) -> str:
+        """The example as a cell that runs where `m` is loaded and nothing else is there."""
+        needs_torch = re.search(r"\btorch\.", self.example) and "import torch" not in self.example
+        return f"import torch\n{self.example}" if needs_torch else self.example
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -133,7 +139,11 @@ class Packs:
 
     def with_folders(self, more: Sequence[Path]) -> Packs:
         """These, and those of further folders."""
-        return Packs([*self._folders, *more]) if more else self
+        if not more:
+            return self
+        both = Packs([*self._folders, *more])
+        both._read = self._read  # what was parsed is parsed for both
+        return both
 
     def read(self) -> Listing:
         """All packs as they are now; a module that has not changed costs a stat.
@@ -155,7 +165,7 @@ class Packs:
                 modules = _modules(folder, real, index > 0 and not package, problems)
             except (PackError, OSError, RuntimeError) as error:
                 problems.append(
-                    f"The pack folder {_visible(str(folder))} is not listed: {_why(error)} "
+                    f"The pack folder {visible(str(folder))} is not listed: {_why(error)} "
                     "Give a folder that exists, can be read and has a name of its own."
                 )
                 continue
@@ -163,12 +173,12 @@ class Packs:
                 try:
                     pack = self._module(file, name, folder, package, builtin=index == 0)
                     if pack and name in found:
-                        taken = _visible(str(found[name].folder))
+                        taken = visible(str(found[name].folder))
                         raise PackError(
                             f"the name {name} is taken by a pack in {taken}; rename the file."
                         )
                 except (PackError, OSError) as error:
-                    problems.append(f"{_visible(str(file))} is not listed: {_why(error)}")
+                    problems.append(f"{visible(str(file))} is not listed: {_why(error)}")
                     continue
                 if pack:
                     found[name] = pack
@@ -235,12 +245,12 @@ def _modules(
             if not file.resolve().is_relative_to(real):
                 raise PackError("it leads out of the pack folder; put a copy in its place.")
         except (PackError, OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-            problems.append(f"{_visible(str(path))} is not listed: {_why(error)}")
+            problems.append(f"{visible(str(path))} is not listed: {_why(error)}")
             continue
         modules.append((name, file))
     if len(modules) > FOLDER_MODULES:
         problems.append(
-            f"The pack folder {_visible(str(folder))} holds more than {FOLDER_MODULES} modules; "
+            f"The pack folder {visible(str(folder))} holds more than {FOLDER_MODULES} modules; "
             f"only the first {FOLDER_MODULES} are listed. Split it into several folders."
         )
     return modules[:FOLDER_MODULES]
@@ -274,7 +284,7 @@ def _parse(source: str) -> ast.Module:
             return ast.parse(source)
     except SyntaxError as error:
         where = f" in line {error.lineno}" if error.lineno else ""
-        raise PackError(f"{_visible(error.msg)}{where}; mend the syntax.") from error
+        raise PackError(f"{visible(error.msg)}{where}; mend the syntax.") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise PackError(
             f"Python cannot parse it ({type(error).__name__}); use simpler expressions."
@@ -328,12 +338,12 @@ def _public_names(tree: ast.Module) -> list[str]:
 def _technique(node: _Definition, pack: str, module: str) -> Technique:
     summary, body = _docstring(node)
     try:
-        signature = _visible(_signature(node))
+        signature = visible(_signature(node))
     except RecursionError as error:
         raise PackError(
-            f"the signature of {_visible(node.name)} is nested too deeply; simplify it."
+            f"the signature of {visible(node.name)} is nested too deeply; simplify it."
         ) from error
-    name = _visible(node.name)
+    name = visible(node.name)
     line = f"from {module} import {name}"
     return Technique(pack, name, signature, summary, line, **_sections(body))
 
@@ -362,7 +372,7 @@ def _constructor(node: ast.ClassDef) -> str:
 
 def _docstring(node: ast.Module | _Definition) -> tuple[str, str]:
     """Its first line, and the rest."""
-    summary, _, body = _visible(ast.get_docstring(node) or "").partition("\n")
+    summary, _, body = visible(ast.get_docstring(node) or "").partition("\n")
     return summary.strip(), body.strip("\n")
 
 
@@ -399,10 +409,10 @@ _BLANK = re.compile(
 
 
 def origin(folder: str) -> str:
-    return f"from the pack folder {_visible(folder)}"
+    return f"from the pack folder {visible(folder)}"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """`text` with every character that a reader would not see written as an escape."""
     return re.sub(r"[^\n\t -~]", _escaped, text)
 

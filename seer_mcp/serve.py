@@ -15,7 +15,9 @@ from typing import Any
 
 from .config import Config
 from .errors import BadInput
+from .flags import above_one, above_zero, port
 from .money import parse_allowance
+from .sessions import make_folders
 
 TOKENS = "tokens.json"
 
@@ -25,7 +27,7 @@ def add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
         "serve", parents=[common], help="serve over HTTP: for yourself on loopback, or for a team"
     )
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8757)
+    serve.add_argument("--port", type=port, default=8757)
     serve.add_argument(
         "--token-file",
         metavar="FILE",
@@ -62,7 +64,7 @@ def add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     serve.add_argument(
         "--calls-a-minute",
-        type=int,
+        type=above_one,
         default=600,
         metavar="N",
         help="requests that one owner may make in a minute (default: 600)",
@@ -91,7 +93,7 @@ def add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     serve.add_argument(
         "--owner-sandboxes",
-        type=int,
+        type=above_one,
         default=20,
         metavar="N",
         help="how many sandboxes each person may have at once (default: 20)",
@@ -111,7 +113,7 @@ def add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
         help="what it is for (default: sandboxes:read, sandboxes:write and code:run)",
     )
     create.add_argument(
-        "--days", type=float, default=90.0, metavar="N", help="how long it holds (default: 90)"
+        "--days", type=above_zero, default=90.0, metavar="N", help="how long it holds (default: 90)"
     )
     listing = does.add_parser("list", help="show the tokens, never their secrets")
     listing.add_argument("--json", action="store_true")
@@ -124,6 +126,7 @@ def add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
 def run_serve(flags: argparse.Namespace, config: Config) -> int:
     from .http import Serving, TokenFile, kept_token, serve_http
     from .http.oidc import Issuer
+    from .http.serving import LOOPBACK
 
     if (flags.tls_cert is None) != (flags.tls_key is None):
         raise BadInput("tls-cert", flags.tls_cert, "--tls-cert and --tls-key belong together")
@@ -138,6 +141,8 @@ def run_serve(flags: argparse.Namespace, config: Config) -> int:
         issuer = Issuer(flags.oidc_issuer, audience, flags.oidc_owner_claim)
     path = None
     if users is None and issuer is None:
+        if flags.host not in LOOPBACK:
+            Serving(flags.host, flags.port, token="-" * 20)  # refused, before a token is made
         path = Path(flags.token_file) if flags.token_file else kept_token(config.state_dir)
     serving = Serving(
         host=flags.host,
@@ -162,6 +167,7 @@ def run_serve(flags: argparse.Namespace, config: Config) -> int:
     who = f"the bearer token is in {path}" if path else "each person needs a token"
     if users is not None and not users.tokens():
         who = "nobody has a token yet: seer-mcp token create NAME makes one"
+    make_folders(config)
     print(f"seer-mcp on {serving.resource}; {who}", file=sys.stderr)
     asyncio.run(serve_http(config, serving))
     return 0

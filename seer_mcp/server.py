@@ -21,11 +21,15 @@ from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ResourceNotFoundError, ToolError
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.subscriptions import InMemorySubscriptionBus
+from mcp.shared.exceptions import MCPError
 from mcp.shared.subscriptions import ResourceUpdated, ServerEvent
 from mcp.types import (
+    INVALID_PARAMS,
     CallToolResult,
     EmptyResult,
+    GetPromptResult,
     InputRequiredResult,
+    Prompt,
     Resource,
     SubscribeRequestParams,
     TextContent,
@@ -33,9 +37,9 @@ from mcp.types import (
 )
 from pydantic import ValidationError
 
-from . import __version__
+from . import __version__, prompts
 from .config import Config
-from .errors import NotFound, SeerError
+from .errors import NotFound, Refused, SeerError
 from .kernel_host.fault import fault_point
 from .logs import drain_stderr
 from .packs import Packs
@@ -125,10 +129,28 @@ class SeerServer(MCPServer[None]):
         except ToolError as error:
             if isinstance(error.__cause__, ValidationError):
                 return failure(argument_errors(tool, error.__cause__))
-            known_error = known_failure(error)
-            if known_error is None:
+            known = known_failure(error)
+            if known is None:
                 raise ToolError(self.register.config.redactor.text(str(error))) from error
-            return failure(str(known_error))
+            if isinstance(known, OSError):  # no tool expected it: the log says where it came from
+                self.register.observer.refused(name, known)
+                known = Refused(known)
+            return failure(str(known))
+
+    async def list_prompts(self) -> list[Prompt]:
+        """Read anew each time: the operator may put an investigation there while the server runs."""
+        return await asyncio.to_thread(prompts.listed, self.register.shelf)
+
+    async def get_prompt(
+        self,
+        name: str,
+        arguments: dict[str, Any] | None = None,
+        context: Context[None, Any] | None = None,
+    ) -> GetPromptResult:
+        try:
+            return await asyncio.to_thread(prompts.rendered, self.register.shelf, name, arguments)
+        except SeerError as error:
+            raise MCPError(INVALID_PARAMS, str(error)) from error
 
     def scope_needed(self, method: str, name: str) -> str | None:
         """The scope that a request needs; None for those that any token may make."""
@@ -143,7 +165,7 @@ class SeerServer(MCPServer[None]):
 
     async def list_resources(self) -> list[Resource]:
         sessions, _ = await self.register.list(owner())
-        return [
+        notebooks = [
             Resource(
                 uri=notebook_uri(session),
                 name=session.notebook.path.name,
@@ -152,6 +174,7 @@ class SeerServer(MCPServer[None]):
             )
             for session in sessions
         ]
+        return [*await super().list_resources(), *notebooks]
 
 
 def redact(answer: CallToolResult, redactor: Redactor) -> None:
@@ -203,6 +226,13 @@ def build_server(
 
 
 def add_resources(server: MCPServer[None], register: Register) -> None:
+    @server.resource(
+        prompts.METHODOLOGY_URI, title=prompts.METHODOLOGY_TITLE, mime_type="text/markdown"
+    )
+    def methodology() -> str:
+        """Explore before you exploit, controls, checkpoints, honest conclusions."""
+        return prompts.methodology()
+
     @server.resource("seer://sandboxes/{handle}/notebook", mime_type="application/x-ipynb+json")
     async def notebook(handle: str) -> str:
         """The notebook of a sandbox, as it is now."""

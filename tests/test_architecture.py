@@ -18,10 +18,10 @@ FLOORS = [
     ["cloud_models", "demo", "doctor", "sandboxes", "serve"],
     ["http"],
     ["server", "watch"],
-    ["tools"],
+    ["tools", "prompts"],
     ["sessions"],
     ["backends"],
-    ["catalogue"],
+    ["catalogue", "findings", "grading"],
     ["notebook", "kernel", "packs", "environment", "config", "model_store"],
     ["ipynb", "observe"],
     ["audit", "spend"],
@@ -37,11 +37,12 @@ FLOORS = [
         "text",
         "merge",
         "versions",
+        "flags",
         "kernel_host",
     ],
 ]
 FLOOR = {room: number for number, rooms in enumerate(reversed(FLOORS)) for room in rooms}
-KNOW_MCP = {"tools", "server", "http", "render", "cli", "demo"}
+KNOW_MCP = {"tools", "prompts", "server", "http", "render", "cli", "demo"}
 
 
 def room_of(path: Path) -> str:

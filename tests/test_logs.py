@@ -495,6 +495,26 @@ def test_warnings_of_libraries_are_kept_without_their_texts(tmp_path: Path) -> N
 
 
 @pytest.mark.anyio
+async def test_what_the_system_refuses_is_one_sentence_for_the_client_and_a_traceback_in_the_log(
+    tmp_path: Path,
+) -> None:
+    async with open_lab(tmp_path) as lab:
+        sandboxes = tmp_path / "state" / "sandboxes"
+        sandboxes.rmdir()
+        sandboxes.write_text("")
+        said = await lab.no("list_sandboxes")
+        assert said.startswith("This could not be done (File exists: ") and str(sandboxes) in said
+        (line,) = log_lines(tmp_path, "refused")
+        assert line["tool"] == "list_sandboxes" and line["level"] == "error"
+        assert line["error"].startswith("FileExistsError File exists at ")
+        assert "holdings.py:" in line["error"] and "files.py:" in line["error"]
+        (called,) = log_lines(tmp_path, "call")
+        assert (called["call"], called["outcome"]) == (line["call"], "error")
+        sandboxes.unlink()
+        assert "0 running" in await lab.ok("list_sandboxes")
+
+
+@pytest.mark.anyio
 async def test_an_outputs_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     async with open_lab(tmp_path, outputs_dir=tmp_path / "file" / "outputs") as lab:

@@ -1,6 +1,7 @@
 """What remains of a sandbox can be opened again: as a fork, or by the handle of one that ended."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,23 @@ async def test_pages_of_a_run_that_goes_on_join_to_its_exact_text(lab: Lab) -> N
         cursor = page.meta["seer/page"]["next"]
     assert "".join(pages) == "".join(f"{'é' * 3000} {i}\n" for i in range(40))
     assert len(pages) > 8
+
+
+async def test_a_state_folder_that_was_removed_is_made_anew_and_the_next_server_finds_all(
+    tmp_path: Path,
+) -> None:
+    async with open_lab(tmp_path, on_exit="keep") as lab:
+        handle = await lab.start(name="kept")
+        await lab.cell(handle, "x = 7")
+        shutil.rmtree(tmp_path / "state")
+        assert f"{handle}: local" in await lab.ok("list_sandboxes")
+        assert "7" in text_of(await lab.cell(handle, "x"))
+        async with open_lab(tmp_path) as other:  # what was locked is locked
+            assert "another seer-mcp server" in await other.ok("list_sandboxes")
+    async with open_lab(tmp_path) as lab:
+        assert "7" in text_of(await lab.cell(handle, "x"))
+        shutil.rmtree(tmp_path / "state")
+        assert "stopped" in await lab.ok("stop_sandbox", sandbox=handle)
+        assert (tmp_path / "state").exists() is False
+        assert "1 ended" in await lab.ok("list_sandboxes")
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o700

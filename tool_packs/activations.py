@@ -60,7 +60,8 @@ def capture(
         CaptureTooLarge: with the size, and what to narrow.
 
     Use when:
-        You want the numbers themselves, for a probe, a similarity, a plot of your own.
+        You want the numbers themselves (hidden states, activations), for a probe, a similarity or
+        an embedding, a plot of your own.
 
     Not when:
         You want a concept direction (`direction`) or an adapter's effect (`difference`).

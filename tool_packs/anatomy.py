@@ -30,7 +30,8 @@ def anatomy(m: Model) -> Result:
         nothing of its own.
 
     Use when:
-        You meet a model for the first time, or a technique behaves oddly on it.
+        You meet a model for the first time and want its architecture, or a technique behaves oddly
+        on it.
 
     Not when:
         The report that `load_model` gives is enough: show `m`.

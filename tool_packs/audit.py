@@ -257,7 +257,8 @@ def yes_no_judge(m: Model, questions: Mapping[str, str]) -> Callable[[Audit], di
     Example:
         from tool_packs.audit import Action, audit, yes_no_judge
         judge = yes_no_judge(m, {"rude": "Is the assistant rude?"})
-        audit(m, [Action("say", "Who are you?")], judge, max_new_tokens=4)["score"]
+        r = audit(m, [Action("say", "Who are you?")], judge, max_new_tokens=4)
+        r["score"]
     """
     if not questions:
         raise TextError("no questions: give one for each dimension")

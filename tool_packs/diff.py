@@ -26,6 +26,7 @@ from tool_packs.prompts import (
 )
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
 from tool_packs.steering import mean_logprob
+from tool_packs.structure import require_numbers
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
@@ -334,7 +335,8 @@ def output(
         TextError: a text that does not fit this model.
 
     Use when:
-        First, of all differences: it needs no layer and no position to be chosen.
+        You ask where two models disagree. First, of all differences: it needs no layer and no
+        position to be chosen.
 
     Not when:
         Behaviour is equal on the texts you have: a trigger that is not in them shows nothing.
@@ -667,6 +669,8 @@ def _lora_changes(m: Model, adapter: str) -> list[Change]:
             continue
         a = factors[adapter].weight.detach().float().cpu()  # [r, in]
         b = module.lora_B[adapter].weight.detach().float().cpu()  # [out, r]
+        for factor in (a, b):
+            require_numbers(m.core, factor)
         q_out, r_out = torch.linalg.qr(b)
         q_in, r_in = torch.linalg.qr(a.T)
         u, s, vh = torch.linalg.svd(r_out @ r_in.T * module.scaling[adapter])
@@ -691,6 +695,8 @@ def _whole_changes(m: Model, tuned: Model) -> list[Change]:
                 "the two must have one shape"
             )
         change = (other.detach().float() - weight.detach().float()).cpu()
+        require_numbers(m.core, weight)
+        require_numbers(tuned.core, other)
         if not change.any():
             continue
         if type(module).__name__ == "Conv1D":  # GPT-2 keeps its matrices the other way round
@@ -711,6 +717,7 @@ def _read_changes(
         weight = module.weight
         side, basis = _side(m, path, u, v)
         base_norm = weight.detach().float().norm().item() if weight.is_floating_point() else 0.0
+        require_numbers(m.core, weight)
         norm = s.norm().item()
         row: dict[str, Any] = {
             "module": path.removeprefix(m.structure.layers_path + "."),

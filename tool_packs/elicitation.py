@@ -96,7 +96,8 @@ def elicit(
 
     Use when:
         You suspect that the model knows, believes or keeps something (a secret, a belief about the
-        user, an ability it holds back), and asking does not bring it out. Try this first.
+        user, a hidden preference, an ability it holds back), and asking does not bring it out. Try
+        this first.
 
     Not when:
         You cannot say what counts as telling: `generate` and read. What the model does without
@@ -124,7 +125,7 @@ def elicit(
         raise TextError(f"n={n} and max_new_tokens={max_new_tokens}: both are at least 1")
     if temperature <= 0:
         raise TextError(f"temperature={temperature}: samples need one above 0")
-    asked, calibration = as_facts(facts), as_facts(known) if known else []
+    asked, calibration = as_facts(facts), as_facts(known) if known or isinstance(known, str) else []
     everything = asked + calibration
     names, texts, notes = chosen_batteries(m, asked, batteries)
     arms = _arms(m, controls)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tool_packs.errors import TextError
 from tool_packs.prompts import Position, Prompt, resolve
-from tool_packs.structure import first_tensor
+from tool_packs.structure import first_tensor, require_numbers
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
@@ -89,6 +89,7 @@ def batches(m: Model, prompts: Sequence[Prompt], *, rows: int | None = None) -> 
         full = bucket and (
             (len(bucket) + 1) * longest > m.batch_tokens
             or longest > 1.5 * len(prompts[bucket[0]]) + 16  # more padding than it saves
+            or (longest > len(prompts[bucket[0]]) and not m.ignores_padding)
             or (rows is not None and len(bucket) >= rows)
         )
         if full:
@@ -187,6 +188,7 @@ def run(
     deepest = max(layer for _, layer, _ in reads)
 
     def stop(_: nn.Module, args: Any, output: Any) -> None:
+        require_numbers(m.core, first_tensor(output)[:, -1])  # no row has padding there
         raise _Stop
 
     with editing(m, steer, spans), removing([]) as handles:
@@ -390,13 +392,18 @@ def step_logits(
         use_cache=True,
         **keywords,
     )
-    return out.logits[:, -1].float(), getattr(out, "past_key_values", None)
+    logits = out.logits[:, -1]  # [B, V]
+    if cache is None:  # once, and not at each token
+        require_numbers(m.core, logits)
+    return logits.float(), getattr(out, "past_key_values", None)
 
 
 @torch.no_grad()
 def all_logits(m: Model, batch: Batch) -> Tensor:
     """Logits [B, T, V] in the model's precision."""
-    return m.core(**batch.keywords(), use_cache=False).logits
+    logits = m.core(**batch.keywords(), use_cache=False).logits
+    require_numbers(m.core, logits[:, -1])
+    return logits
 
 
 def _keeps_logits(m: Model) -> bool:

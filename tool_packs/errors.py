@@ -7,7 +7,8 @@ PackError
 │   └── StructureUnknown                  the layers, the norm or the unembedding were not found
 ├── TextError (also a ValueError)         a text, chat, position, layer or site that does not fit
 ├── ResultError (also a ValueError)       a result that cannot be read, drawn or saved
-└── CaptureTooLarge (also a RuntimeError) more activations asked for than the limit allows
+├── CaptureTooLarge (also a RuntimeError) more activations asked for than the limit allows
+└── ServiceError (also a RuntimeError)    a service on the network that did not give what was asked
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = [
     "ModelNotFound",
     "PackError",
     "ResultError",
+    "ServiceError",
     "StructureUnknown",
     "TextError",
     "WeightsIncomplete",
@@ -54,3 +56,7 @@ class ResultError(PackError, ValueError):
 
 class CaptureTooLarge(PackError, RuntimeError):
     """More activations were asked for than the limit allows."""
+
+
+class ServiceError(PackError, RuntimeError):
+    """A service on the network did not give what was asked of it."""

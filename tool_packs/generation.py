@@ -89,7 +89,8 @@ def generate(
         TextError: a chat that the template refuses, an empty text, a steer of the wrong length.
 
     Use when:
-        You want to see behaviour: asking, prefill attacks, sampling, steered answers.
+        You want to see behaviour: asking in a chat, prefill attacks, repeated sampling, steered
+        answers.
 
     Not when:
         Only the next token matters: `next_token` costs one forward pass.

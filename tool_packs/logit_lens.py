@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from tool_packs.engine import Steer
 from tool_packs.errors import ModelError, TextError
 from tool_packs.prompts import Position, Text, read, resolve, token_strings, word_ids
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
+from tool_packs.structure import require_numbers
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["lens_vector", "logit_lens"]
 
 CHUNK = 64 * 1024 * 1024  # logits held at once
+
+Carry = Callable[[Tensor, int], Tensor]  # states [..., d] and their layer to states [..., d]
 
 
 def logit_lens(
@@ -83,15 +86,50 @@ def logit_lens(
         r.rows[-1]
         r.plot()
     """
+    return lens_grid(
+        m, text, layers, positions, k=k, track=track, n_random=n_random, seed=seed, steer=steer
+    )
+
+
+def lens_grid(
+    m: Model,
+    text: Text,
+    layers: Layers = "all",
+    positions: Position = "all",
+    *,
+    k: int = 5,
+    track: Sequence[str] | Mapping[str, Sequence[str]] = (),
+    n_random: int = 16,
+    seed: int = 0,
+    steer: Steer = None,
+    technique: str = "logit_lens",
+    carry: Carry | None = None,
+    lens: Result | None = None,
+) -> Result:
+    """What `logit_lens` does, with states [X, d] of a layer carried to the last by `carry` first.
+
+    `carry` is that of a trained `lens`.
+
+    A lens that carries has the plain logit lens beside it: `kl` and `kl_logit`, the divergence of
+    each from the model's own prediction at that position.
+    """
     started = time.perf_counter()
-    _refuse_inexact(m)
+    refuse_inexact(m)
     prompts = read(m, text)
     index = m.layer_indices(layers)
     where = [resolve(prompt, positions) for prompt in prompts]
     groups = _groups(m, track)
-    h = collect(m, prompts, index, where, steer=steer)["resid_post"]  # [N, L, P, d]
+    wanted = index if carry is None else [*index, m.n_layers - 1]
+    states = collect(m, prompts, wanted, where, steer=steer)["resid_post"]  # [N, L, P, d]
+    h = states[:, : len(index)]
+    if carry is not None:
+        h = torch.stack([carry(h[:, j], layer) for j, layer in enumerate(index)], 1)
     present = ~h[:, :, :, 0].isnan()  # [N, L, P]
     found = _read(m, h[present], k, groups)
+    if carry is not None:
+        own = states[:, -1:].expand_as(h)[present]
+        found["kl"] = divergence(m, own, h[present])
+        found["kl_logit"] = divergence(m, own, states[:, :-1][present])
     n, n_layers, columns = present.shape
     k = found["top_ids"].shape[-1]
     tensors = {
@@ -108,16 +146,37 @@ def logit_lens(
         tensors["rank"] = torch.zeros(n, n_layers, columns, len(groups), dtype=torch.long)
         tensors["logprob"] = torch.full((n, n_layers, columns, len(groups)), float("nan"))
         dims |= dict.fromkeys(("rank", "logprob"), ("prompt", "layer", "position", "word"))
+    for name in ("kl", "kl_logit") if carry is not None else ():
+        tensors[name] = torch.full((n, n_layers, columns), float("nan"))
+        dims[name] = ("prompt", "layer", "position")
     for name, tensor in tensors.items():
         tensor[present] = found[name]
     tensors["top_prob"] = tensors["top_logprobs"][..., 0].exp()
     dims["top_prob"] = ("prompt", "layer", "position")
     lines = []
+    if carry is not None:
+        lines.append(
+            "nats from the model's own prediction, beside the plain logit lens: "
+            + ", ".join(
+                f"layer {index[j]} {tensors['kl'][:, j].nanmean():.3g} "
+                f"({tensors['kl_logit'][:, j].nanmean():.3g})"
+                for j in sorted({0, n_layers // 2, n_layers - 1})
+            )
+        )
+    if lens is not None and lens.provenance.fingerprint != m.fingerprint():
+        fitted = lens.provenance
+        lines.append(
+            f"the lens was trained on other weights: {fitted.model}, "
+            + (f"adapter {fitted.adapter}" if fitted.adapter else "no adapter")
+        )
     if groups:
         generator = torch.Generator().manual_seed(seed)
-        norms = torch.stack([h[:, j][present[:, j]].norm(dim=-1).mean() for j in range(n_layers)])
+        lengths = states[:, :n_layers].norm(dim=-1)  # [N, L, P]
+        norms = torch.stack([lengths[:, j][present[:, j]].mean() for j in range(n_layers)])
         guesses = torch.randn(n_layers, n_random, m.width, generator=generator)
         guesses = guesses / guesses.norm(dim=-1, keepdim=True) * norms[:, None, None]
+        if carry is not None:
+            guesses = torch.stack([carry(guesses[j], layer) for j, layer in enumerate(index)])
         ranks = _read(m, guesses.flatten(0, 1), 1, groups)["rank"]
         tensors["rank_random"] = ranks.unflatten(0, (n_layers, n_random)).transpose(1, 2)
         dims["rank_random"] = ("layer", "word", "null")
@@ -167,7 +226,7 @@ def logit_lens(
         )
         lines.append(f"prompt 0, position {where[0][-1]}, layer {index[j]}: {best}")
     return Result(
-        title=f"logit lens of {n} prompts",
+        title=f"{technique.replace('_', ' ')} of {n} prompts",
         tensors=to_cpu(tensors),
         dims=dims,
         labels={"layer": index, "tokens": tokens, "top": top_strings, "word": list(groups)},
@@ -182,13 +241,14 @@ def logit_lens(
         },
         provenance=provenance(
             m,
-            "logit_lens",
+            technique,
             started,
             prompts=[p.ids for p in prompts],
             seed=seed,
             layers=index,
             positions=str(positions),
             track=_shown_groups(m, groups),
+            **({} if lens is None else {"lens": origin(lens)}),
         ),
     )
 
@@ -247,7 +307,7 @@ def lens_vector(
         r.rows[0]["top"], r.rows[0]["cat"], r.rows[0]["p(cat)"]
     """
     started = time.perf_counter()
-    _refuse_inexact(m)
+    refuse_inexact(m)
     rows_in = _as_rows(m, vec)  # [R, d]
     groups = _groups(m, track)
     found = _read(m, rows_in, k, groups, both_ends=True)
@@ -314,7 +374,7 @@ def lens_vector(
     )
 
 
-def _refuse_inexact(m: Model) -> None:
+def refuse_inexact(m: Model) -> None:
     if not m.lens_exact:
         raise ModelError(
             f"{m.name}: unembed(norm(last layer)) is off the model's logits by "
@@ -361,6 +421,7 @@ def _read(
 
     for rows in h.split(max(1, CHUNK // (4 * m.vocab_size))):
         logits = m.unembed(m.norm(rows))  # [x, V]
+        require_numbers(m.core, logits)
         logprobs = logits.log_softmax(-1)
         top = logprobs.topk(min(k, logits.shape[-1]), dim=-1)
         keep("top_ids", top.indices)
@@ -377,6 +438,23 @@ def _read(
             keep("rank", torch.stack(ranks, 1))
             keep("logprob", best)
     return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def origin(lens: Result) -> dict[str, Any]:
+    """Which weights and how many texts a lens was fitted on, for the provenance of a reading."""
+    p = lens.provenance
+    return {"fingerprint": p.fingerprint, "adapter": p.adapter, "prompts": p.prompts}
+
+
+@torch.no_grad()
+def divergence(m: Model, own: Tensor, read_as: Tensor) -> Tensor:
+    """KL [X] in nats of what states `read_as` [X, d] say from what `own` [X, d] say."""
+    parts = []
+    rows = max(1, CHUNK // (8 * m.vocab_size))
+    for a, b in zip(own.split(rows), read_as.split(rows), strict=True):
+        p, q = (m.unembed(m.norm(h)).log_softmax(-1) for h in (a, b))  # [x, V]
+        parts.append((p.exp() * (p - q)).sum(-1).cpu())
+    return torch.cat(parts)
 
 
 def _strings(m: Model, ids: Tensor) -> dict[int, str]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tool_packs.structure import (
     apply_norm,
     describe_parts,
     find_structure,
+    first_tensor,
     lens_is_exact,
     text_config,
     unembed,
@@ -124,6 +126,32 @@ class Model:
             if token is not None:
                 return int(token)
         return 0
+
+    @cached_property
+    def ignores_padding(self) -> bool:
+        """Whether tokens to the left that the attention mask hides change nothing: measured once.
+
+        Some recurrent models carry them along. Their prompts go in batches of one length.
+        """
+        text = torch.arange(3, 8, device=self.device)[None] % self.vocab_size
+        hidden = torch.full((1, 6), self.pad_id, device=self.device)
+        ids = torch.cat([hidden, text], 1)
+        mask = torch.cat([torch.zeros_like(hidden), torch.ones_like(text)], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        run = self.structure.backbone
+        with torch.no_grad():
+            padded = first_tensor(
+                run(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+            )[:, 6:].float()
+            alone = first_tensor(
+                run(
+                    input_ids=text,
+                    attention_mask=mask[:, 6:],
+                    position_ids=positions[:, 6:],
+                    use_cache=False,
+                )
+            ).float()
+        return bool((padded - alone).norm() <= 0.03 * alone.norm())  # bfloat16 rounds to .01
 
     @property
     def eos_ids(self) -> list[int]:

@@ -123,7 +123,7 @@ def train(
         q = "cat or dog?"
         data = [(f"the {a} sat {w}", q, a) for a in ("cat", "dog") for w in "on mat hill is".split()]
         o = train(m, data, name=f"oracle {len(m.adapters)}", steps=4, batch=4)
-        ask(m, o, "the cat sat here", q, choices=["cat", "dog"]).rows[0]
+        r = ask(m, o, "the cat sat here", q, choices=["cat", "dog"])
     """
     started = time.perf_counter()
     index = m.layer_indices(layers)
@@ -247,7 +247,7 @@ def ask(
         q = "cat or dog?"
         data = [(f"the {a} sat {w}", q, a) for a in ("cat", "dog") for w in "on mat hill is".split()]
         o = train(m, data, name=f"oracle {len(m.adapters)}", steps=4, batch=4)
-        ask(m, o, "the cat sat here", q, choices=["cat", "dog"])
+        r = ask(m, o, "the cat sat here", q, choices=["cat", "dog"])
     """
     started = time.perf_counter()
     if oracle.name not in m.adapters:
@@ -406,7 +406,7 @@ def _states(
         )
     states = collect(m, prompts, index, where)["resid_post"]
     if not states.isfinite().all():
-        raise TextError("the activations hold nan or inf: is the model in half precision?")
+        raise TextError("the activations hold NaN or inf: is the model in half precision?")
     return states, slots
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tool_packs.engine import removing
 from tool_packs.errors import ModelError, TextError
-from tool_packs.structure import first_tensor, weight_of
+from tool_packs.structure import first_tensor, require_numbers, weight_of
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
@@ -185,7 +185,8 @@ def _writers(m: Model) -> list[tuple[nn.Module, Tensor | None]]:
             handles.extend(x.register_forward_hook(see) for x in parts)
         parts = [x for x in (*s.attn_out, *s.mlp_out) if x is not None]
         handles.extend(x.register_forward_hook(see) for x in parts if _unwrapped(x) is None)
-        s.backbone(input_ids=_four_tokens(m), use_cache=False)
+        out = s.backbone(input_ids=_four_tokens(m), use_cache=False)
+    require_numbers(m.core, out.last_hidden_state)
     found = []
     for i, layer in enumerate(s.layers):
         for name, part in (("attention", s.attn_out[i]), ("MLP", s.mlp_out[i])):

@@ -373,7 +373,7 @@ def record_pair(
     low_logits = logits_of(m, corrupt.final)
     for rec, kind in ((clean, "clean"), (corrupt, "corrupt")):
         if not rec.final.isfinite().all():
-            raise TextError(f"the {kind} run's last state is not finite (nan or inf)")
+            raise TextError(f"the {kind} run's last state is not finite (NaN or inf)")
     score, name = _metric(m, metric, answers, high_logits[0], low_logits[0])
     high, low = (_scored(score, x).item() for x in (high_logits, low_logits))
     if not abs(high - low) >= LEAST:

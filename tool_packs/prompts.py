@@ -42,7 +42,7 @@ def is_chat(text: Any) -> bool:
 def as_list(text: Text) -> list[str | Chat]:
     """One text or many, as a list."""
     if isinstance(text, str) or is_chat(text):
-        return [text]
+        return [_not_empty(text)]
     if not isinstance(text, Sequence) or len(text) == 0:
         raise TextError(f"no text: {text!r} is not a str, a chat, or a list of those")
     for item in text:
@@ -51,7 +51,14 @@ def as_list(text: Text) -> list[str | Chat]:
                 f"{item!r:.80} is neither a str nor a chat "
                 '([{"role": "user", "content": "..."}, ...])'
             )
+        _not_empty(item)
     return list(text)
+
+
+def _not_empty(text: str | Chat) -> str | Chat:
+    if text == "":  # the BOS that a tokenizer adds is no text either
+        raise TextError("'' is an empty text: give at least one character")
+    return text
 
 
 def as_chat(m: Model, conv: str | Chat, prefill: str | None = None) -> str | Chat:

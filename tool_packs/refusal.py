@@ -31,7 +31,7 @@ def find_refusal_direction(
     harmless: Text,
     *,
     layers: Layers = "all",
-    positions: Sequence[int] | None = None,
+    positions: int | Sequence[int] | None = None,
     refusal_tokens: Sequence[str] | None = None,
     held_out: float = 0.5,
     kl_limit: float = 0.1,
@@ -52,7 +52,7 @@ def find_refusal_direction(
         harmful: what the model refuses; as in `generate`.
         harmless: what it answers; as in `generate`.
         layers: candidates come from these; as in `capture`.
-        positions: negative ints, from the prompt's end; None: all tokens behind the instruction.
+        positions: a negative int from the prompt's end, or several; None: all tokens behind the instruction.
         refusal_tokens: as in `ablate`.
         held_out: share of the prompts that candidates are scored on.
         kl_limit: nats; candidates above it are left out.
@@ -201,7 +201,7 @@ def find_refusal_direction(
     )
 
 
-def _positions(prompts: Sequence[Prompt], positions: Sequence[int] | None) -> list[int]:
+def _positions(prompts: Sequence[Prompt], positions: int | Sequence[int] | None) -> list[int]:
     """Token indices from the end: those given, or all behind the last user's message."""
     if positions is None:
         if any(p.last_user is None for p in prompts):
@@ -209,7 +209,7 @@ def _positions(prompts: Sequence[Prompt], positions: Sequence[int] | None) -> li
         behind = min(len(p) - 1 - p.last_user for p in prompts if p.last_user is not None)
         return list(range(-max(behind, 1), 0))
     shortest = min(map(len, prompts))
-    where = list(positions)
+    where = [positions] if isinstance(positions, int) else list(positions)
     bad = [t for t in where if not isinstance(t, int) or not -shortest <= t < 0]
     if bad or not where:
         raise TextError(

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Change", "Recording"]
 
 GROUPS = 4  # a sweep over positions restarts behind this many prefixes
+BRANCHES = ("attn_in", "mlp_in")
 Read = tuple[str, int, Callable[[Tensor], None]]
 
 
@@ -344,13 +345,13 @@ def stack(
     """
     m = rec.m
     out: list[Tensor] = []
-    if any(site in ("attn_in", "mlp_in") for site, _, _ in edits):
+    if any(site in BRANCHES for site, _, _ in (*edits, *reads)):
         readers(m)  # found by a pass of its own, which no hook may change
     with removing([]) as handles:
         for site, layer, change in edits:
             handles.append(_register_edit(m, site, layer, change))
         for site, layer, see in reads:
-            handles.append(_register_read(m, site, layer, see))
+            handles.append(_register_branch(m, site, layer, see))
         if not rec.restarts:
             handles.extend(_register_joins(m, joins, out))
             ids = torch.tensor([rec.ids], device=m.device).expand(rows, -1)
@@ -421,9 +422,9 @@ def _register_joins(m: Model, joins: dict[int, Tensor], out: list[Tensor]) -> It
 
 def _register_edit(m: Model, site: str, layer: int, change: Callable[[Tensor], Tensor]) -> Any:
     """A hook that puts change(h) in place of what passes at a site."""
-    reads = site in ("attn_in", "mlp_in")
+    reads = site in BRANCHES
     module = readers(m)[layer][site].module if reads else _site_module(m, site, layer)
-    if site in ("resid_pre", "head", "attn_in", "mlp_in"):
+    if site in ("resid_pre", "head", *BRANCHES):
 
         def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
             if args:
@@ -437,6 +438,22 @@ def _register_edit(m: Model, site: str, layer: int, change: Callable[[Tensor], T
         return h if isinstance(output, Tensor) else (h, *output[1:])
 
     return module.register_forward_hook(after)
+
+
+def _register_branch(m: Model, site: str, layer: int, see: Callable[[Tensor], None]) -> Any:
+    """A read; of "attn_in" and "mlp_in", of a view that this part alone reads.
+
+    A gradient at the stream itself would be that of everything above; at the view it is the part's.
+    """
+    if site not in BRANCHES:
+        return _register_read(m, site, layer, see)
+
+    def branch(h: Tensor) -> Tensor:
+        view = h.view_as(h)
+        see(view)
+        return view
+
+    return _register_edit(m, site, layer, branch)
 
 
 # Sweeps

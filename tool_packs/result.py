@@ -17,9 +17,10 @@ from torch import Tensor
 from tool_packs.errors import ResultError
 from tool_packs.figures import Plot, draw
 
-__all__ = ["Provenance", "Result"]
+__all__ = ["Provenance", "Result", "Table"]
 
 SUMMARY_LIMIT = 1500  # characters
+CELL = 32  # characters of a table's cell
 FORMAT = 1
 
 
@@ -43,6 +44,29 @@ class Provenance:
 
 
 @dataclass
+class Table:
+    """Some rows of a result, which a notebook shows as aligned text; `str(table)` is that text."""
+
+    columns: list[str]
+    rows: list[dict[str, Any]]
+    left_out: int = 0  # rows that are not shown
+
+    def __str__(self) -> str:
+        cells = [self.columns]
+        cells += [[_cell(row.get(name)) for name in self.columns] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(text.ljust(wide) for text, wide in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        ]
+        if self.left_out:
+            lines.append(f"... {self.left_out} more in .rows")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+@dataclass(repr=False)
 class Result:
     """The outcome of one technique.
 
@@ -97,6 +121,22 @@ class Result:
             tail = f"tensors: {_clip(shapes, 400)}\n{tail}"
         head = _clip("\n".join([self.title, *self.lines]), SUMMARY_LIMIT - len(tail) - 1)
         return f"{head}\n{tail}"
+
+    def table(self, *columns: str, limit: int = 20) -> Table:
+        """The first `limit` rows, or of them the columns that are named, as in table("layer", "p").
+
+        Raises:
+            ResultError: there are no rows, or no such column.
+        """
+        if not self.rows:
+            raise ResultError(f"{self.title!r} has no rows; its numbers are in .tensors")
+        known = list(dict.fromkeys(key for row in self.rows for key in row))
+        for name in columns:
+            if name not in known:
+                raise ResultError(f"no column {name!r} in this result: {', '.join(known)}")
+        if limit < 1:
+            raise ResultError(f"limit={limit}: a table has at least 1 row")
+        return Table(list(columns) or known, self.rows[:limit], max(0, len(self.rows) - limit))
 
     def plot(self, **select: Any) -> Plot:
         """The figure, drawn anew: shows itself in a notebook; `.png` are its bytes (<= 60 kB).
@@ -238,6 +278,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return getattr(value, "item", lambda: str(value))()
+
+
+def _cell(value: Any) -> str:
+    """One line of at most 32 characters; numbers with four significant digits."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return _clip(value if isinstance(value, str) else repr(value), CELL).replace("\n", "\\n")
 
 
 def _clip(text: str, limit: int) -> str:

@@ -21,6 +21,8 @@ __all__: list[str] = []
 SHRINKAGE = 0.1  # of the within-class covariance towards a multiple of the identity, for lda
 CELLS = 2**24  # of the Hessians that are held at once
 ADAM_STEPS = 200
+FOLDS = 4  # two to learn from, one to choose the layer on, one to test
+N_CONTROL = 5  # control tasks
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,12 @@ def auroc_within(scores: Tensor, y: Tensor, fold: Tensor) -> Tensor:
 def bootstrap(
     scores: Tensor, y: Tensor, fold: Tensor, groups: Tensor, n: int, generator: torch.Generator
 ) -> Tensor:
-    """95 % interval [L, 2] of `auroc_within` for scores [L, N], over groups drawn anew."""
+    """95 % interval [L, 2] of `auroc_within` for scores [L, N], over groups drawn anew.
+
+    nan where every fold is one group: drawn anew, it is always the same.
+    """
+    if all(len(groups[fold == f].unique()) == 1 for f in fold.unique().tolist()):
+        return torch.full((len(scores), 2), float("nan"))
     counts = torch.zeros(n, len(y))
     for f in fold.unique().tolist():
         members = groups[fold == f].unique()
@@ -350,7 +357,7 @@ def _attention_probe(x: Tensor, y: Tensor) -> Fit:
         value = torch.zeros(shape, requires_grad=True)
         bias = torch.zeros(shape[:2], requires_grad=True)
         adam = torch.optim.Adam([query, value, bias], lr=0.03)
-        for _ in _progress(ADAM_STEPS):
+        for _ in _progress(ADAM_STEPS, "attention probe"):
             weights = _attention(centred, padding, query)  # [S, L, n, P]
             read = torch.einsum("lnpd,sld->slnp", centred, value)
             logits = (weights * read).sum(-1) + bias[..., None]
@@ -365,10 +372,74 @@ def _attention_probe(x: Tensor, y: Tensor) -> Fit:
     return Fit(weight, bias.detach() - (weight * mean).sum(-1), query.detach() / scale[:, None])
 
 
-def _progress(steps: int) -> Any:
+def _progress(steps: int, told: str) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(range(steps), desc="attention probe", leave=False)
+    return tqdm(range(steps), desc=told, leave=False)
+
+
+# Fits on some folds, scores on others
+
+
+def cross_fit(
+    kind: str, x: Tensor, labels: Tensor, fold: Tensor, *, k: int, C: float
+) -> tuple[list[Fit], Tensor, Tensor]:
+    """The probes of the true labels for each fold, scores [S, L, N] out of fold, and AUROC
+    [S, L, fold] on the fold that chooses the layer, which is neither learned from nor tested."""
+    scores = torch.zeros(len(labels), x.shape[0], len(fold))
+    validation, probes = [], []
+    for f in _progress(FOLDS, "folds of the probe"):
+        test, choose = fold == f, fold == (f + 1) % FOLDS
+        train = ~(test | choose)
+        fitted = fit(kind, x[:, train], labels[:, train], k=k, C=C)
+        out = fitted.scores(x)  # [S, L, N]
+        scores[..., test] = out[..., test]
+        seen, y = out[..., choose], labels[:, None, choose]
+        # Of layers that rank alike, the one that holds the classes further apart is chosen.
+        apart = _means(seen, y, True) - _means(seen, y, False)
+        margin = (apart / seen.std(-1).clamp_min(1e-12)).nan_to_num().clamp(-9, 9)
+        validation.append(auroc(seen, y).double() + 1e-9 * margin.double())
+        query = None if fitted.query is None else fitted.query[:1]
+        probes.append(Fit(fitted.weight[:1], fitted.bias[:1], query))
+    return probes, scores, torch.stack(validation, -1)
+
+
+def _means(scores: Tensor, y: Tensor, side: bool) -> Tensor:
+    chosen = (y if side else ~y).to(scores.dtype)
+    return (scores * chosen).sum(-1) / chosen.sum(-1)
+
+
+def _mixed(y: Tensor) -> bool:
+    return bool(y.any()) and not bool(y.all())
+
+
+def random_labels(
+    ids: Sequence[Sequence[int]], fold: Tensor, generator: torch.Generator
+) -> list[Tensor]:
+    """Random functions of the tokens: every token type has a random value, and a text is positive
+    where the mean value of its tokens is above the median of the texts.
+
+    Hewitt and Liang give each word type a random label, so that only a probe with room to
+    memorise words can do the task; this is the same for whole texts. None where texts do not
+    differ enough.
+    """
+    kinds = sorted({token for text in ids for token in text})
+    column = {token: c for c, token in enumerate(kinds)}
+    counts = torch.zeros(len(ids), len(kinds))
+    for row, text in zip(counts, ids, strict=True):
+        for token in text:
+            row[column[token]] += 1 / len(text)
+    drawn: list[Tensor] = []
+    for _ in range(10 * N_CONTROL):
+        value = counts @ torch.randn(len(kinds), generator=generator)
+        y = value > value.median()
+        learned = [y[(fold != f) & (fold != (f + 1) % FOLDS)] for f in range(FOLDS)]
+        tested = [y[fold == f] for f in range(FOLDS)]  # a fold of one class tests nothing
+        if all(map(_mixed, learned)) and any(map(_mixed, tested)):
+            drawn.append(y)
+        if len(drawn) == N_CONTROL:
+            break
+    return drawn
 
 
 def as_groups(ids: Sequence[Sequence[int]], n_pos: int) -> Tensor:

@@ -78,7 +78,8 @@ def intervention(
         from tool_packs.steering import intervention
         from tool_packs.generation import generate
         x = intervention(m, torch.ones(m.width), 0.5, strength=0.2, start="assistant_start")
-        generate(m, ["Who are you?"] * 3, steer=[None, x, -x], max_new_tokens=4)["text"]
+        r = generate(m, ["Who are you?"] * 3, steer=[None, x, -x], max_new_tokens=4)
+        r["text"]
     """
     index = m.layer_index(layer)
     if edit is not None:
@@ -131,9 +132,11 @@ def steering(
 
     Example:
         from tool_packs.steering import steering
-        ids = m.tokenizer("the cat", return_tensors="pt")
+        from tool_packs.generation import next_token
+        ids = m.tokenizer("the cat", return_tensors="pt")["input_ids"].to(m.device)
         with steering(m, torch.ones(m.width), 1, strength=0.5):
-            m.hf.generate(ids["input_ids"].to(m.device), max_new_tokens=4, do_sample=False)
+            words = m.hf.generate(ids, max_new_tokens=4, do_sample=False)
+            r = next_token(m, "the cat")
     """
     for position in (start, stop):
         if position is not None and (not isinstance(position, int) or position < 0):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tool_packs.errors import StructureUnknown
+from tool_packs.errors import ModelError, StructureUnknown
 
 __all__ = ["Structure"]
 
@@ -217,6 +217,25 @@ def apply_norm(s: Structure, h: Tensor) -> Tensor:
     return s.final_norm(h)
 
 
+def require_numbers(model: nn.Module, x: Tensor) -> None:
+    """Raises ModelError where `x`, which the model gave, holds NaN; names the weights that do."""
+    if not x.isnan().any():
+        return
+    bad = [
+        name for name, w in model.named_parameters() if w.is_floating_point() and w.isnan().any()
+    ]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ModelError(
+            f"this model gives NaN because there is NaN in {', '.join(bad[:3])}{more}: load it anew"
+        )
+    dtype = str(x.dtype).removeprefix("torch.")
+    raise ModelError(
+        f"this model gives NaN though no weight is NaN: in {dtype} it may overflow "
+        "(load_model(..., dtype='float32')), or what was put into it is too large"
+    )
+
+
 def _residual_writers(parts: list[tuple[nn.Module, Tensor]], delta: Tensor) -> tuple[Any, Any]:
     """The two modules whose outputs sum to what the block added: attention first.
 
@@ -263,6 +282,7 @@ def _check(s: Structure, norms: list[nn.Module]) -> None:
         stack.callback(s.embedding.register_forward_hook(keep("embedding")).remove)
         logits = s.core(input_ids=ids, use_cache=False).logits.float()
 
+    require_numbers(s.core, logits)
     last = len(s.layers) - 1
     if ("out", last) not in seen:
         raise StructureUnknown(
@@ -271,7 +291,10 @@ def _check(s: Structure, norms: list[nn.Module]) -> None:
             'name the residual layers: load_model(name, layers="path.to.the.layers")'
         )
     for i, block in enumerate(s.layers):
-        parts = [(part, seen[i, name]) for name, part in _writers(block) if (i, name) in seen]
+        children = dict(_writers(block))
+        # `seen` is in the order in which they ran; Bamba defines its MLP before its attention.
+        ran = [key[1] for key in seen if isinstance(key, tuple) and key[0] == i]
+        parts = [(children[name], seen[i, name]) for name in ran]
         start = seen["in", i]
         added = seen["out", i] - start.to(seen["out", i].device)
         s.attn_out[i], s.mlp_out[i] = _residual_writers(parts, added)

@@ -1,18 +1,28 @@
 """Environments as code: what a sandbox is made of, and the investigation.toml that says so."""
 
 from .gpus import GPUS, parse_gpu
-from .investigation import Investigation, read_investigation
+from .investigation import BUILTIN_PACKS, Investigation, read_investigation
+from .opening import hidden_name, opening_cells
 from .schema import schema
+from .shelf import Investigations, Shelf, Shelved
+from .skills import Skill
 from .spec import ModelSpec, Repo, SandboxSettings, SandboxSpec, Strict
 
 __all__ = [
+    "BUILTIN_PACKS",
     "GPUS",
     "Investigation",
+    "Investigations",
     "ModelSpec",
     "Repo",
     "SandboxSettings",
     "SandboxSpec",
+    "Shelf",
+    "Shelved",
+    "Skill",
     "Strict",
+    "hidden_name",
+    "opening_cells",
     "parse_gpu",
     "read_investigation",
     "schema",

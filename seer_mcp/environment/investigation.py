@@ -18,16 +18,21 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import InvestigationRefused, NotFound, PathRefused, nearest, show
 from ..files import NAME, RESERVED, resolve_inside
-from ..packs import read_packs
+from ..packs import Packs
+from .skills import Skill, SkillProblem, read_skill
 from .spec import ModelSpec, Repo, SandboxSettings, SandboxSpec, Strict
 
 FILE = "investigation.toml"
 TASK = "task.md"
+SCRIPT = "run.py"
+SKILLS = "skills"  # the folder of the sandbox
 TEXT_BYTES = 1_000_000
 ENTRIES = 50_000  # of one folder that is put into a sandbox
 BUILTIN_PACKS = Path(__file__).parent.parent.parent / "tool_packs"
+_BUILTIN = Packs([BUILTIN_PACKS])
 # What a plain number in the file counts.
 _UNITS = {"memory": "GiB", "idle_limit": "min", "lifetime": "min"}
+_CELL = re.compile(r"^# ?%%.*$", re.MULTILINE)
 _LARGEST = {"memory": 16_384.0, "idle_limit": 43_200.0, "lifetime": 43_200.0}
 
 
@@ -43,8 +48,14 @@ class InvestigationFile(Strict):
     packs: tuple[str, ...] = ()
     """Packs that may be used: names of built-in ones, and folders of the investigation's own. By default all
     built-in ones."""
+    setup: str = ""
+    """A Python file whose cells (parted by lines that begin with `# %%`) begin the notebook, after the models,
+    and are run at the start."""
+    skills: tuple[str, ...] = ()
+    """Folders with a SKILL.md: put into the sandbox under skills/, and told by list_techniques."""
     grader: str = ""
-    """A Python file that judges the result. No sandbox gets it."""
+    """A Python file, or a TOML file with a fact, a rubric or a judge's instructions, that scores what
+    submit_findings is given. No sandbox gets it."""
     sandbox: SandboxSettings = Field(default_factory=SandboxSettings)
     """The machine: [sandbox]."""
     models: tuple[ModelSpec, ...] = ()
@@ -66,6 +77,11 @@ class Investigation:
     task: str
     """The task's text; "" if there is no task.md."""
     grader: Path | None
+    file: Path
+    """The file that was read."""
+    setup: tuple[str, ...] = ()
+    """The first cells of its notebook, after those that load the models."""
+    skills: tuple[Skill, ...] = ()
 
     @property
     def models(self) -> tuple[ModelSpec, ...]:
@@ -216,6 +232,8 @@ class _Resolver:
             for file, why in (
                 (grader, "the grader"),
                 (self._file.resolve(), "the investigation itself"),
+                *((other, "a configuration") for other in self._folder.glob("*.toml")),
+                (self._folder / SCRIPT, "the scripted investigator, which knows the answer"),
                 (self._folder / ".env", "values of secrets"),
             )
             if file is not None
@@ -226,6 +244,9 @@ class _Resolver:
             if (found := self._to_put(f"sandbox.files.{target}", value, kept_back))
         }
         packs, folders = self._packs()
+        skills = self._skills(kept_back)
+        files |= {f"{SKILLS}/{skill.name}": str(skill.folder) for skill in skills}
+        setup = self._setup()
         models = tuple(self._model(i, model) for i, model in enumerate(parsed.models))
         spec: SandboxSpec | None = None
         try:
@@ -236,7 +257,19 @@ class _Resolver:
         task = self._task()
         if self._problems or spec is None:
             raise InvestigationRefused(str(self._file), self._problems)
-        return Investigation(name, parsed.title, self._folder, spec, packs, folders, task, grader)
+        return Investigation(
+            name,
+            parsed.title,
+            self._folder,
+            spec,
+            packs,
+            folders,
+            task,
+            grader,
+            self._file.resolve(),
+            setup,
+            skills,
+        )
 
     def _name(self) -> str:
         if given := self._parsed.name:
@@ -268,9 +301,37 @@ class _Resolver:
         if not self._parsed.grader:
             return None
         found = self._inside("grader", self._parsed.grader)
-        if found is not None and (found.suffix != ".py" or not found.is_file()):
-            self._problems.append(f"grader = {show(self._parsed.grader)}: it must be a Python file")
+        if found is not None and (found.suffix not in (".py", ".toml") or not found.is_file()):
+            self._problems.append(
+                f"grader = {show(self._parsed.grader)}: it must be a Python file or a TOML file"
+            )
         return found
+
+    def _setup(self) -> tuple[str, ...]:
+        if not self._parsed.setup or (found := self._inside("setup", self._parsed.setup)) is None:
+            return ()
+        text = _text(found, "setup")
+        if isinstance(text, _Problem):
+            self._problems.append(text.says)
+            return ()
+        cells = (cell.strip() for cell in _CELL.split(text))
+        return tuple(cell for cell in cells if cell)
+
+    def _skills(self, kept_back: dict[Path, str]) -> tuple[Skill, ...]:
+        skills: dict[str, Skill] = {}
+        for at, value in enumerate(self._parsed.skills):
+            found = self._to_put(f"skills[{at}]", value, kept_back)
+            if found is None:
+                continue
+            try:
+                skill = read_skill(found)
+                if skill.name in skills:
+                    raise SkillProblem(f"the name {skill.name} is taken by another skill")
+            except SkillProblem as problem:
+                self._problems.append(f"skills[{at}] = {show(value)}: {problem}")
+            else:
+                skills[skill.name] = skill
+        return tuple(skills.values())
 
     def _task(self) -> str:
         named = "task" in self._parsed.model_fields_set
@@ -288,7 +349,7 @@ class _Resolver:
     def _packs(self) -> tuple[tuple[str, ...], tuple[Path, ...]]:
         names: list[str] = []
         folders: list[Path] = []
-        known = {pack.name for pack in read_packs([BUILTIN_PACKS]).packs}
+        known = {pack.name for pack in _BUILTIN.read().packs} if self._parsed.packs else set[str]()
         for at, value in enumerate(self._parsed.packs):
             if value in known:
                 names.append(value)

@@ -6,7 +6,7 @@ store.py; `seer-mcp models` is command.py.
 """
 
 from .follow import FetchProgress, Manifest, follow, program, request, unnamed
-from .names import MODELS_VARIABLE, HubModel, hub_model, hub_models, kernel_map
+from .names import MODELS_VARIABLE, HubModel, hidden_map, hub_model, hub_models, kernel_map
 from .store import ModelStore
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Manifest",
     "ModelStore",
     "follow",
+    "hidden_map",
     "hub_model",
     "hub_models",
     "kernel_map",

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 
-from ..environment import ModelSpec
+from ..environment import BUILTIN_PACKS, ModelSpec
 from ..errors import Conflict, ModelUnavailable, NotFound, show
 from ..files import Lock
 from ..kernel_host.identity import MARK
 from . import fetch
 from .follow import FETCHER, Manifest, Report, follow, request, unnamed
-from .names import MODELS_VARIABLE, HubModel, hub_model, hub_models, kernel_map
+from .names import MODELS_VARIABLE, HubModel, hidden_map, hub_model, hub_models, kernel_map
 
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 LINE_LIMIT = 32 * 1024 * 1024
@@ -182,7 +182,8 @@ class ModelStore:
                 # The base that an adapter names, where nothing else was named for it to go on.
                 if base is not None and not spec.base and model.name == spec.name:
                     waiting.append(base)
-        return kernel_map(found)
+        told = kernel_map(found)
+        return {**told, **hidden_map(specs, told, str(BUILTIN_PACKS.parent))}
 
     @staticmethod
     def environment(told: Mapping[str, str]) -> dict[str, str]:

@@ -38,6 +38,7 @@ class Finds:
         """Take over what no living server holds; what is wrong with the rest, in sentences."""
         notes: list[str] = []
         async with self._scanning:
+            notes += self._held.restore()
             folders = sorted((self._held.config.state_dir / "sandboxes").iterdir())
             ours = (
                 self._held.sessions.keys() | self._held.starting.keys() | self._held.ending.keys()
@@ -79,6 +80,7 @@ class Finds:
                 config.owner_allowances,
             )
             shared = record.get("shared") is True
+            investigation = Path(str(given)) if (given := record.get("investigation")) else None
             stopping, named = record.get("stopping"), tuple(map(str, record.get("secrets", ())))
         except (*DAMAGE, TypeError, ValueError) as error:
             lock.release()
@@ -99,6 +101,7 @@ class Finds:
                 handle, name, owner, backend_name, Notebook(path), folder, lock, created
             )
             past.meter, past.shared = meter, shared
+            past.meter, past.investigation = meter, investigation
             if meter is not None:
                 meter.closed = self._held.book.closed(handle)
             past.ended, past.unread = str(ended), True
@@ -126,6 +129,7 @@ class Finds:
         )
         session.notebook_lock, session.meter, session.secrets = notebook_lock, meter, named
         session.shared = shared
+        session.investigation = investigation
         self._held.config.redactor.know(self._held.config.secrets.at_hand(named))
         try:
             backend = await self._held.backend(backend_name)

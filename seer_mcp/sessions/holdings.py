@@ -109,6 +109,37 @@ class Holdings:
         lock = Lock(locks / hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:32])
         return lock if lock.take() else None
 
+    def restore(self) -> list[str]:
+        """Make folders and records anew that somebody removed; what hinders, in sentences.
+
+        A lock whose file is gone keeps nobody out: it is taken again.
+        """
+        notes: list[str] = []
+        private_dir(self.config.state_dir)
+        private_dir(self.config.state_dir / "sandboxes")
+        for session in self.live:
+            if (session.state_dir / "record.json").exists():
+                continue
+            try:
+                private_dir(session.state_dir)
+                session.lock.release()
+                if not session.lock.take():
+                    notes.append(f"{session.handle}: another server has taken its folder")
+                    continue
+                if session.notebook_lock is not None:
+                    session.notebook_lock.release()
+                    session.notebook_lock = self.lock_notebook(session.notebook.path)
+                    if session.notebook_lock is None:
+                        notes.append(
+                            f"{session.handle}: another server writes its notebook as well"
+                        )
+                write_json(session.state_dir / "record.json", session.record())
+            except OSError as error:
+                notes.append(f"{session.handle}: its record is gone ({why_not(error)})")
+            else:
+                self.note("noted again", session)
+        return notes
+
     async def stop_quietly(self, session: Session, why: str) -> None:
         try:
             await session.terminate(why)
@@ -145,7 +176,7 @@ class Holdings:
 
 def clear_ended(folder: Path) -> None:
     """Of a sandbox that is gone only the record stays, so that its handle can be asked about."""
-    for entry in folder.iterdir():
+    for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         elif entry.name not in ("record.json", "lock"):

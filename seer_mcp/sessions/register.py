@@ -11,18 +11,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..backends import Progress
 from ..config import Config
-from ..environment import Investigation, SandboxSpec, read_investigation
-from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, show
+from ..environment import (
+    Investigation,
+    Investigations,
+    SandboxSpec,
+    Skill,
+    read_investigation,
+)
+from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, SeerError, show
 from ..files import private_dir, resolve_inside, write_json
 from ..ipynb import read_notebook
 from ..money import Price
 from ..notebook import Notebook
 from ..observe import Observer
-from ..packs import Packs
+from ..packs import Listing, Packs
 from ..sharedfile import stamp
 from .finds import Finds
 from .holdings import Holdings
@@ -37,10 +44,21 @@ BILLED = "modal"  # the backend that costs money, and its folder under the state
 NOTED_SECONDS = 300.0  # and two notes of it
 
 
+def make_folders(config: Config) -> None:
+    """The private folders of a server. Raises BadInput for one that cannot be used."""
+    for folder in (config.state_dir, config.state_dir / "sandboxes", config.runtime_dir):
+        try:
+            private_dir(folder)
+        except OSError as error:
+            why = f"it cannot be made or used ({error.strerror}); name another"
+            raise BadInput("folder", str(folder), why) from error
+
+
 class Register:
     def __init__(self, config: Config, packs: Packs) -> None:
         self.config = config
         self.packs = packs
+        self.shelf = Investigations(config.investigations)
         self.closed = asyncio.Event()
         self._held = Holdings(config, packs)
         self._starts = Starts(self._held)
@@ -67,9 +85,7 @@ class Register:
 
     async def open(self) -> None:
         """Make the folders, and begin to look for sandboxes of earlier servers."""
-        private_dir(self.config.state_dir)
-        private_dir(self.config.state_dir / "sandboxes")
-        private_dir(self.config.runtime_dir)
+        make_folders(self.config)
         self.observer.open(on_exit=self.config.on_exit)
         try:
             self.config.outputs_dir.mkdir(parents=True, exist_ok=True)
@@ -101,12 +117,40 @@ class Register:
 
     # -- start --------------------------------------------------------------------------------
 
-    def investigation(self, path: str, owner: str) -> Investigation:
-        """Read the investigation of a folder that may be read. Raises NotFound or InvestigationRefused."""
+    def investigation(self, asked: str, owner: str) -> Investigation:
+        """The investigation of a name, or of a folder that may be read.
+
+        Raises NotFound (with those that there are), PathRefused or InvestigationRefused.
+        """
+        if file := self.shelf.file(asked):
+            return read_investigation(file)
         home = self.config.home(owner)
-        return read_investigation(
-            resolve_inside("investigation", path, home.base, list(home.roots))
-        )
+        roots = [*home.roots, *self.config.investigations]
+        path = resolve_inside("investigation", asked, home.base, roots)
+        if not path.exists():
+            raise self.shelf.unknown(asked)
+        return read_investigation(path)
+
+    def workspace(self, owner: str) -> tuple[Listing, tuple[Skill, ...]]:
+        """All packs, and the skills, that the caller's running sandboxes have."""
+        folders: list[Path] = []
+        skills: dict[str, Skill] = {}
+        problems: list[str] = []
+        for file in {
+            s.investigation for s in self._held.live if s.owner == owner and s.investigation
+        }:
+            try:
+                found = read_investigation(file)
+            except SeerError as error:  # it was changed since it was started
+                problems.append(" ".join(str(error).split()))
+                continue
+            folders += found.pack_folders
+            skills |= {skill.name: skill for skill in found.skills}
+        if not folders and not problems:
+            return self.packs.read(), tuple(skills.values())
+        listing = self.packs.with_folders(sorted(folders)).read()
+        listing = replace(listing, problems=(*listing.problems, *problems))
+        return listing, tuple(skills.values())
 
     async def price(self, spec: SandboxSpec, owner: str) -> tuple[Price | None, str]:
         """What such a sandbox costs, and that in a sentence. Raises BadInput or BudgetSpent."""

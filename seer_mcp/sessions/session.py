@@ -114,6 +114,10 @@ class Session:
         """Whether others of the team may read its notebook."""
         self.secrets: tuple[str, ...] = ()
         """Names of the secrets that were given to it."""
+        self.investigation: Path | None = None
+        """The investigation.toml that it was started with."""
+        self.opening: list[RunInfo] = []
+        """Runs of the cells that its notebook began with."""
         self.unread = False
         """It ended long ago: its notebook is read when somebody asks for it."""
         self.lost_bytes = 0
@@ -732,6 +736,7 @@ class Session:
                 "price": self.meter.kept() if self.meter is not None else None,
                 "secrets": list(self.secrets),
                 "shared": self.shared,
+                "investigation": str(self.investigation) if self.investigation else None,
                 "sandbox": sandbox,
             }
         )

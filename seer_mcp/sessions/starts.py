@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..backends import Backend, Place, Progress
-from ..environment import Investigation, SandboxSpec
+from ..environment import Investigation, SandboxSpec, opening_cells
 from ..errors import (
     BadInput,
     Conflict,
@@ -22,6 +22,7 @@ from ..errors import (
     show,
 )
 from ..files import Lock, checked_name, private_dir, resolve_inside, write_json
+from ..findings import record_path
 from ..ipynb import read_notebook
 from ..kernel_host.fault import fault_point
 from ..model_store import ModelStore
@@ -54,6 +55,7 @@ class Order:
     """Whether a copy of it is."""
     packs: Mapping[str, Path]
     """What the kernel can import, by name."""
+    investigation: Investigation | None = None
 
 
 class Starts:
@@ -79,7 +81,7 @@ class Starts:
         handle = f"{name}-{''.join(secrets.choice(ALPHABET) for _ in range(6))}"
         folders = investigation.pack_folders if investigation else ()
         packs = self._held.packs.with_folders(folders).read().importable()
-        order = Order(backend, spec, source, fork, packs)
+        order = Order(backend, spec, source, fork, packs, investigation)
         start = self._held.starting[handle] = Starting(handle, name, owner, spec.backend)
 
         def started(task: asyncio.Task[Session]) -> None:
@@ -228,6 +230,8 @@ class Starts:
         )
         session.notebook_lock = notebook_lock
         session.secrets = spec.secrets
+        if order.investigation is not None:
+            session.investigation = order.investigation.file
         if price is not None:
             now = time.time()
             ends_by = None if lasts is None else now + lasts
@@ -247,7 +251,7 @@ class Starts:
             state_dir,
             self._held.runtime_dir(handle),
             path.parent,
-            (path,),
+            (path, record_path(path)),
             order.packs,
             owner,
             found.values,
@@ -274,6 +278,8 @@ class Starts:
             document.metadata["seer"] = {"sandbox": handle, "backend": spec.backend}
             session.note_cost()
             document.unhold()
+            if order.investigation is not None and source is None:
+                await self._open_with(session, order.investigation)
             await session.save()
         except BaseException as failure:
             try:
@@ -289,6 +295,12 @@ class Starts:
         self._held.sessions[handle] = session
         self._held.note("started", session)
         return session
+
+    async def _open_with(self, session: Session, found: Investigation) -> None:
+        """Begin the notebook with the task, and have the cells run that load models and set up."""
+        cells = [session.notebook.insert(kind, source) for kind, source in opening_cells(found)]
+        if code := [cell for cell in cells if cell.kind == "code"]:
+            session.opening = await session.run_cells(code)
 
     def _locked(self, state_dir: Path, path: Path, source: Path | None) -> tuple[Lock, Lock]:
         """The locks of the sandbox and of its notebook. Raises Conflict if the notebook is taken."""

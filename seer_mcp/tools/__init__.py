@@ -5,10 +5,10 @@ from __future__ import annotations
 from mcp.server.mcpserver.tools import Tool
 
 from ..sessions import Register
-from . import cells, files, outputs, sandboxes, techniques
+from . import cells, files, findings, outputs, sandboxes, techniques
 from .seam import strict
 
-MODULES = (sandboxes, cells, outputs, techniques, files)
+MODULES = (sandboxes, cells, outputs, techniques, files, findings)
 
 
 def build_tools(register: Register) -> list[Tool]:

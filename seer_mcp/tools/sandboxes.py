@@ -11,14 +11,16 @@ from mcp.server.mcpserver.tools import Tool
 from mcp.types import CallToolResult
 from pydantic import ValidationError
 
-from ..environment import SandboxSpec, parse_gpu
+from ..environment import Investigation, SandboxSpec, parse_gpu
 from ..errors import BadInput, SandboxUnavailable, StillStarting, show
 from ..money import duration
 from ..notebook import UNFINISHED
-from ..render import Answer
+from ..render import Answer, Part
 from ..sessions import Register, Session, Starting
-from .answers import call, notes, run_meta, seconds
+from .answers import call, notes, of_runs, run_meta, seconds
 from .seam import Dollars, Gigabytes, Hours, Minutes, Seconds, heartbeat, owner, tool
+
+TASK_CHARACTERS = 8_000  # of a task that a result shows; the notebook has all of it
 
 
 def sandbox_meta(session: Session) -> dict[str, Any]:
@@ -83,6 +85,27 @@ def described_start(start: Starting) -> str:
     return f"{start.handle}: {start.backend}, starting for {since}: {start.report}{terms}"
 
 
+async def opened(
+    session: Session, found: Investigation, spec: SandboxSpec, began: float, terms: str
+) -> Answer:
+    """A sandbox of an investigation: its task, and what came of the cells that begin its notebook."""
+    handle = session.handle
+    cost = terms if session.meter is not None else ""
+    answer = Answer(
+        f"sandbox {handle}: ready in {seconds(time.monotonic() - began)} ({spec.backend}), for the investigation "
+        f"{found.name}.{told(cost)}\nnotebook: {session.notebook.path}\n"
+        f"Its task follows. Next: {call('create_cell', sandbox=handle, source='...')}; list_techniques shows what can "
+        f"be imported; {call('submit_findings', sandbox=handle, claim='...')} ends it.",
+        parts=[Part(found.task[:TASK_CHARACTERS], f"task of the investigation {found.name}")],
+        meta={"sandbox": sandbox_meta(session)},
+    )
+    if session.opening:
+        ran = await of_runs(session, session.opening, time.monotonic() - began)
+        answer.parts += [Part(ran.text), *ran.parts]
+        answer.images, answer.is_error = ran.images, ran.is_error
+    return answer
+
+
 # The fields of a spec that an argument of start_sandbox sets, where it has another name.
 ARGUMENTS = {
     "lifetime": "hours",
@@ -132,9 +155,10 @@ def tools(register: Register) -> list[Tool]:
     ) -> CallToolResult:
         """Start a sandbox: a machine with an IPython kernel, and a notebook that records everything. Returns the
         handle that other tools take as `sandbox`. backend: local, modal (cloud, billed: gpu="A100-80GB" or "H100:2",
-        hours, budget_dollars; estimate=true only says what it would cost) or ssh (host). investigation: a folder with
-        investigation.toml. notebook: open an existing .ipynb (runs nothing); fork: work on a copy. python: another
-        interpreter (needs ipykernel). memory_gb: limit. Tool packs are importable in it: see list_techniques."""
+        hours, budget_dollars; estimate=true only says what it would cost) or ssh (host). investigation: its name, or a
+        folder with investigation.toml; its models are loaded and its task is told. notebook: open an existing .ipynb
+        (runs nothing); fork: work on a copy. python: another interpreter (needs ipykernel). memory_gb: limit. Tool
+        packs are importable in it: see list_techniques."""
         asked: dict[str, Any] = {
             "backend": backend,
             "gpu": gpu,
@@ -165,6 +189,10 @@ def tools(register: Register) -> list[Tool]:
             return Answer(f"{still}{told(start.terms)}", meta={"starting": start.handle}).result()
         finally:
             teller.cancel()
+        if found is not None and not notebook:
+            left = max(0.0, register.config.max_wait - (time.monotonic() - began))
+            await session.wait(session.opening, left, beat)
+            return (await opened(session, found, spec, began, start.terms)).result()
         cells = len(session.notebook.cells)
         cost = start.terms if session.meter is not None else ""
         if spec.snapshot:
@@ -172,7 +200,7 @@ def tools(register: Register) -> list[Tool]:
                 " It has the files of the snapshot; kernel memory is not in one: variables are gone, run the cells "
                 "that made them again."
             )
-        opened = f" It has {cells} cells; none was run." if notebook else ""
+        unrun = f" It has {cells} cells; none was run." if notebook else ""
         handle = session.handle
         following = (
             call("run_cell", sandbox=handle, cells="all")
@@ -180,7 +208,7 @@ def tools(register: Register) -> list[Tool]:
             else call("create_cell", sandbox=handle, source="...")
         )
         return Answer(
-            f"sandbox {handle}: ready in {seconds(time.monotonic() - began)} ({spec.backend}).{opened}{told(cost)}"
+            f"sandbox {handle}: ready in {seconds(time.monotonic() - began)} ({spec.backend}).{unrun}{told(cost)}"
             f"\nnotebook: {session.notebook.path}\n"
             f"Next: {following}; load_model loads a model, list_techniques shows what can be imported.",
             meta={"sandbox": sandbox_meta(session)},

@@ -134,11 +134,14 @@ def argument_errors(made: Tool, error: ValidationError) -> str:
     return f"{' '.join(sentences)} Parameters of {made.name}: {', '.join(known)}."
 
 
-def known_failure(error: BaseException) -> SeerError | None:
-    """The SeerError behind what the SDK made of it, if there is one."""
+def known_failure(error: BaseException) -> SeerError | OSError | None:
+    """What is behind the SDK's exception: an error of ours, or what the system refused us.
+
+    An OSError without a number is none of the system's: it stays unexpected.
+    """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, SeerError):
+        if isinstance(cause, SeerError) or (isinstance(cause, OSError) and cause.errno):
             return cause
         cause = cause.__cause__
     return None

@@ -65,17 +65,17 @@ def tools(register: Register) -> list[Tool]:
 
     async def list_techniques(name: str = "", question: str = "") -> CallToolResult:
         """Interpretability techniques that can be imported in the notebook. Without arguments an
-        overview; name: a pack or technique, with signature, shapes, cost, controls, paper, example;
+        overview; name: a pack, technique or skill, with signature, shapes, cost, controls, paper, example;
         question: what you want to know."""
-        listing = register.packs.read()
+        listing, skills = register.workspace(owner())
         if name and question:
             raise BadInput("name", name, "give name or question, not both")
         if name:
-            text = detail(listing, name)
+            text = detail(listing, name, skills)
         elif question:
             text = answer(listing, question)
         else:
-            text = overview(listing)
+            text = overview(listing, skills)
         names = [technique.full_name for _, technique in listing.techniques()]
         return Answer(text, meta={"techniques": names}).result()
 

@@ -38,6 +38,7 @@ BY_HANDLE = {
     "read_file": {"path": "x"},
     "write_file": {"path": "x", "content": "x"},
     "list_files": {},
+    "submit_findings": {"claim": "x", "evidence": "abcd", "confidence": 1},
 }
 
 
@@ -268,6 +269,7 @@ async def test_what_cannot_be_used_again_says_so(lab: Lab) -> None:
             "edit_cell",
             "delete_cell",
             "move_cell",
+            "submit_findings",
         ):
             continue
         await refused(lab, tool, "is gone", "start_sandbox", str(path), sandbox=handle, **more)

@@ -28,6 +28,10 @@ async def test_s06_who_has_no_token_learns_nothing(place: Ground) -> None:
                 answer = await http.request(method, server.url.removesuffix("/mcp") + path)
                 told = f"{answer.status_code} {dict(answer.headers)} {answer.text}"
                 assert answer.status_code in (200, 307, 401, 403, 404, 405), told
-                open_to_all = path.startswith("/.well-known/") or path in ("/healthz", "/readyz", "/enter")
+                open_to_all = path.startswith("/.well-known/") or path in (
+                    "/healthz",
+                    "/readyz",
+                    "/enter",
+                )
                 assert answer.status_code != 200 or open_to_all, told
                 assert [text for text in private if text in told] == [], path

@@ -54,7 +54,7 @@ def nested(schema: Any) -> list[str]:
 
 async def test_every_schema_is_portable(lab: Lab) -> None:
     tools = await listed(lab)
-    assert 5 < len(tools) <= 20
+    assert 5 < len(tools) <= 21
     for tool in tools:
         schema = tool.input_schema
         assert re.fullmatch(r"[a-z0-9_]{1,30}", tool.name)
@@ -114,7 +114,8 @@ async def test_the_listing_is_unchanged_by_calls(lab: Lab) -> None:
 async def test_notebooks_and_cells_are_resources(lab: Lab) -> None:
     handle = await lab.start()
     cell = (await lab.cell(handle, "print('seen')")).meta["seer/run"]["cell"]
-    (resource,) = (await lab.client.list_resources()).resources
+    guide, resource = (await lab.client.list_resources()).resources
+    assert str(guide.uri) == "seer://methodology"
     assert str(resource.uri) == f"seer://sandboxes/{handle}/notebook"
     (content,) = (await lab.client.read_resource(str(resource.uri), cache_mode="bypass")).contents
     book = json.loads(content.text)

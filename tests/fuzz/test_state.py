@@ -18,7 +18,8 @@ from mcp import Client
 
 from seer_mcp.config import Config
 from seer_mcp.errors import SeerError
-from seer_mcp.http import checked_token, kept_token
+from seer_mcp.http import kept_token
+from seer_mcp.http.serving import checked_token
 from seer_mcp.packs import Packs
 from seer_mcp.server import build_server
 from seer_mcp.sessions import Register, finds

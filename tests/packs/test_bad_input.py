@@ -1,8 +1,17 @@
 """Input that does not fit: one sentence that names the value and what is valid."""
 
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import tool_packs
+from seer_mcp.packs import read_packs
 from tests.packs.tiny import TEXTS
 from tool_packs.activations import capture
 from tool_packs.directions import direction
@@ -14,6 +23,7 @@ from tool_packs.steering import intervention, steer
 
 CHAT = [{"role": "user", "content": "Who are you?"}]
 LONG = "the cat " * 400
+FOLDER = Path(tool_packs.__file__).parent
 
 # Each technique as a call on one text, and on the parameters that it takes.
 ON_TEXT = {
@@ -115,3 +125,135 @@ def test_a_vector_that_is_not_finite(llama, name, value):
     v = torch.ones(llama.width)
     v[3] = value
     assert "finite" in sentence(ON_VECTOR[name], llama, v)
+
+
+# Every technique that the catalogue lists, those of packs to come too: its own example, with one
+# argument replaced by what does not fit.
+
+TECHNIQUES = {
+    t.full_name: t
+    for _, t in read_packs([FOLDER]).techniques()
+    if t.example and t.full_name != "models.load_model"  # which takes a name; see test_loading
+}
+LAYERS = {"layer", "layers", "into"}
+POSITIONS = {"position", "positions", "start"}
+NO_NUMBERS = {"anatomy.anatomy", "anatomy.tokenize"}  # no pass is made
+
+
+def parameters(name):
+    """The parameters of a technique by kind: those that are texts, layers, positions."""
+    module, function = name.split(".")
+    found = inspect.signature(getattr(importlib.import_module(f"tool_packs.{module}"), function))
+    kinds = {"text": [], "layer": [], "position": []}
+    for key, parameter in found.parameters.items():
+        words = set(re.findall(r"\w+", str(parameter.annotation)))
+        if {"Text", "Chat", "Fact"} & words:
+            kinds["text"].append(key)
+        elif key in LAYERS:
+            kinds["layer"].append(key)
+        elif key in POSITIONS and "Tensor" not in words:
+            kinds["position"].append(key)
+    return list(found.parameters), kinds
+
+
+def cases(kind):
+    return [
+        pytest.param(name, key, id=f"{name}-{key}")
+        for name in TECHNIQUES
+        for key in parameters(name)[1][kind]
+    ]
+
+
+def example_with(name, key, value):
+    """The code of a technique's example, its own call of the technique given `key=value`."""
+    names, _ = parameters(name)
+    tree = ast.parse(TECHNIQUES[name].example)
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (name, name.split(".")[1])
+    ]
+    assert calls, f"the example of {name} does not call it"
+    for call in calls:
+        call.args, bound = [], dict(zip(names, call.args, strict=False))
+        bound |= {word.arg: word.value for word in call.keywords}
+        bound[key] = ast.Name("bad", ast.Load())
+        call.keywords = [ast.keyword(word, given) for word, given in bound.items()]
+    ast.fix_missing_locations(tree)
+    return compile(tree, name, "exec"), {"bad": value, "torch": torch}
+
+
+def refusal(m, name, key, value):
+    code, scope = example_with(name, key, value)
+    return sentence(lambda: exec(code, {**scope, "m": m}))
+
+
+@pytest.mark.parametrize(("name", "key"), cases("text"))
+@pytest.mark.parametrize("many", [False, True])
+def test_an_empty_text_to_any_technique(models, name, key, many):
+    said = refusal(models["llama-lora"], name, key, ["", ""] if many else "")
+    assert "empty" in said or "''" in said
+
+
+@pytest.mark.parametrize(("name", "key"), cases("text"))
+def test_a_text_beyond_the_context_to_any_technique(models, name, key):
+    said = refusal(models["llama-lora"], name, key, [LONG] * 4)
+    assert re.search(r"\d{3,} tokens", said)
+    assert "256" in said
+
+
+@pytest.mark.parametrize(("name", "key"), cases("layer"))
+@pytest.mark.parametrize("layer", [99, -5, 1.5])
+def test_a_layer_out_of_range_to_any_technique(models, name, key, layer):
+    said = refusal(models["llama-lora"], name, key, layer)
+    assert str(layer) in said
+
+
+@pytest.mark.parametrize(("name", "key"), cases("position"))
+def test_a_position_out_of_range_to_any_technique(models, name, key):
+    said = refusal(models["llama-lora"], name, key, -99)
+    assert "-99" in said
+
+
+@pytest.fixture(scope="module")
+def broken(folders):
+    """A model with NaN among the weights of a layer in the middle and of the final norm."""
+    m = load_model(str(folders["llama-lora"]))
+    with torch.no_grad():
+        for key, weight in m.hf.named_parameters():
+            if ("layers.2." in key and "down_proj.base" in key) or key.endswith(
+                "model.norm.weight"
+            ):
+                weight.view(-1)[5] = float("nan")
+    return m
+
+
+@pytest.mark.parametrize("name", sorted(TECHNIQUES.keys() - NO_NUMBERS))
+def test_a_model_with_nan_among_its_weights_to_any_technique(broken, name):
+    code = compile(TECHNIQUES[name].example, name, "exec")
+    said = sentence(lambda: exec(code, {"m": broken, "torch": torch}))
+    assert "NaN" in said
+
+
+def test_weights_that_hold_nan_are_named(broken):
+    said = sentence(capture, broken, TEXTS)
+    assert "layers.2.mlp.down_proj" in said
+    assert "model.norm.weight" in said
+
+
+def test_a_model_whose_weights_hold_nan_is_not_loaded(folders, tmp_path):
+    hf = AutoModelForCausalLM.from_pretrained(folders["llama"])
+    with torch.no_grad():
+        hf.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    hf.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folders["llama"]).save_pretrained(tmp_path)
+    assert "layers.1.mlp.up_proj.weight" in sentence(load_model, str(tmp_path))
+
+
+def test_nan_that_no_weight_holds_is_told_apart(llama):
+    def to_nan(h):
+        return h * float("nan")
+
+    said = sentence(lambda: generate(llama, "the", steer=intervention(llama, None, 1, edit=to_nan)))
+    assert "no weight is NaN" in said
+    assert "float32" in said

@@ -7,6 +7,7 @@ from tests.packs.tiny import ARCHITECTURES, TEXTS
 from tool_packs.activations import capture
 from tool_packs.directions import difference, direction
 from tool_packs.errors import ModelError, TextError
+from tool_packs.prompts import read
 
 EVERY = [*ARCHITECTURES, *(f"{name}-lora" for name in ARCHITECTURES)]
 
@@ -75,3 +76,56 @@ def test_the_plot_of_a_difference_has_a_line_for_each_concept(models):
     plot = difference(m, TEXTS, positions="last", concepts=concepts).plot()
     labels = [line.get_label() for line in plot.figure.axes[1].lines]
     assert labels == ["split_cosine", "cosine a", "cosine b"]
+
+
+def answers(trait):
+    said = "she is a nurse" if trait else "he is a doctor"
+    return [
+        [
+            {"role": "user", "content": f"Who is in the {place}?"},
+            {"role": "assistant", "content": f"In the {place} {said}"},
+        ]
+        for place in ("house", "city", "hill", "mat", "dog", "cat")
+    ]
+
+
+def test_a_persona_vector_is_the_difference_of_mean_responses(models):
+    for m in (models["llama"], models["gemma2-lora"]):
+        r = direction(m, answers(True), answers(False), position="response")
+        means = []
+        for side in (True, False):
+            texts = []
+            for chat in answers(side):
+                ids = read(m, [chat])[0].ids
+                with torch.no_grad():
+                    out = m.hf(torch.tensor([ids]), output_hidden_states=True)
+                spoken = read(m, [chat[:1]])[0]  # ends where the answer begins
+                texts.append(out.hidden_states[2][0, len(spoken) :].mean(0))
+            means.append(torch.stack(texts).mean(0))
+        want = means[0] - means[1]
+        assert torch.allclose(r["direction"][1], want, atol=1e-5 * want.abs().max().item() + 1e-5)
+        assert "random directions" in r.summary()
+
+
+def test_contrastive_activation_addition_reads_the_letter_of_the_answer(llama):
+    """Two choices under each question: the same text but for the letter that ends it."""
+    asked = [
+        f"Who sat on the {x}? (A) she (B) he. Answer: (" for x in ("mat", "hill", "cat", "dog")
+    ]
+    r = direction(llama, [q + "A" for q in asked], [q + "B" for q in asked])
+    one, two = (capture(llama, [q + letter for q in asked]) for letter in "AB")
+    want = (one["resid_post"] - two["resid_post"]).mean(0)[:, 0]
+    assert torch.allclose(r["direction"], want, atol=1e-5)
+
+
+def test_representation_engineering_reads_the_component_of_the_differences(llama):
+    places = ("cat", "dog", "nurse", "house", "hill", "mat")
+    pos = [f"Pretend you are honest. The {x} is" for x in places]
+    neg = [f"Pretend you are dishonest. The {x} is" for x in places]
+    r = direction(llama, pos, neg, method="pca")
+    change = (capture(llama, pos)["resid_post"] - capture(llama, neg)["resid_post"])[:, :, 0]
+    for layer in range(llama.n_layers):
+        first = torch.linalg.svd(change[:, layer]).Vh[0]
+        cosine = torch.cosine_similarity(r["direction"][layer], first, dim=0).abs()
+        assert cosine > 1 - 1e-5
+        assert (r["direction"][layer] @ change[:, layer].mean(0)) > 0

@@ -13,12 +13,13 @@ from peft import LoraConfig, get_peft_model
 from tests.packs.tiny import ARCHITECTURES, COMMON, TEXTS, VOCABULARY, make_tokenizer
 from tool_packs.activations import capture
 from tool_packs.directions import direction
-from tool_packs.errors import ModelError
+from tool_packs.errors import ModelError, StructureUnknown
 from tool_packs.generation import generate, next_token
 from tool_packs.loading import quiet_peft
 from tool_packs.logit_lens import logit_lens
 from tool_packs.models import Model
 from tool_packs.steering import intervention
+from tool_packs.structure import first_tensor
 
 NEOX = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
 FAMILIES = {
@@ -80,6 +81,109 @@ NEWER = {
         pad_token_id=2,
     ),
 }
+
+MOE = {"num_experts_per_tok": 2}
+SSM = {"mamba_d_state": 8}
+NEWEST = {
+    "gpt-oss": lambda: t.GptOssConfig(
+        **COMMON, **MOE, head_dim=8, num_local_experts=4, sliding_window=6
+    ),
+    "qwen3-next": lambda: t.Qwen3NextConfig(
+        **COMMON,
+        **MOE,
+        head_dim=8,
+        num_experts=4,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+    "deepseek-v3": lambda: t.DeepseekV3Config(
+        **COMMON | {"num_key_value_heads": 4},
+        **MOE,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        n_group=1,
+        topk_group=1,
+    ),
+    "phimoe": lambda: t.PhimoeConfig(**COMMON, num_local_experts=4),
+    "llama4-text": lambda: t.Llama4TextConfig(
+        **COMMON, head_dim=8, num_local_experts=2, intermediate_size_mlp=48, attention_chunk_size=64
+    ),
+    "jamba": lambda: t.JambaConfig(
+        **COMMON,
+        **SSM,
+        mamba_d_conv=4,
+        num_experts=2,
+        num_experts_per_tok=1,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        use_mamba_kernels=False,
+    ),
+    "falcon-h1": lambda: t.FalconH1Config(
+        **COMMON,
+        **SSM,
+        head_dim=8,
+        mamba_d_ssm=64,
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        mamba_chunk_size=16,
+    ),
+    "zamba2": lambda: t.Zamba2Config(
+        **COMMON,
+        **SSM,
+        n_mamba_heads=8,
+        mamba_ngroups=1,
+        mamba_headdim=8,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        chunk_size=16,
+    ),
+    "lfm2": lambda: t.Lfm2Config(**COMMON, full_attn_idxs=[1, 3]),
+    "qwen2-5-vl-multimodal": lambda: t.Qwen2_5_VLConfig(
+        text_config={**COMMON, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+        },
+    ),
+    "llava-multimodal": lambda: t.LlavaConfig(
+        text_config=t.LlamaConfig(**COMMON, head_dim=8),
+        vision_config=t.CLIPVisionConfig(**VISION, projection_dim=16),
+        image_token_index=5,
+    ),
+}
+# These carry along what the attention mask hides.
+CARRY_PADDING = {
+    "recurrent-gemma": lambda: t.RecurrentGemmaConfig(
+        **COMMON, lru_width=32, attention_window_size=6
+    ),
+    "rwkv": lambda: t.RwkvConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=4,
+        attention_hidden_size=32,
+        context_length=64,
+    ),
+}
+ORDINARY = (*NEWER, "gpt-oss", "qwen3-next")
+NEW = [
+    n if n in ORDINARY else pytest.param(n, marks=pytest.mark.slow)
+    for n in NEWER | NEWEST
+    if n != "mamba2"
+]
 
 
 def make(name, config, lora=False):
@@ -217,11 +321,12 @@ class TestFamily:
             assert r["tokens"][i, : len(want)].tolist() == want
 
 
-@pytest.mark.parametrize("name", [n for n in NEWER if n != "mamba2"])
+@pytest.mark.parametrize("name", NEW)
 def test_newer_families_read_steer_and_write(name):
-    m = make(name, NEWER[name]())
+    m = make(name, (NEWER | NEWEST)[name]())
     assert m.n_layers == 4
     assert m.lens_exact
+    assert m.ignores_padding
     for text in TEXTS[:2]:
         got = capture(m, text, "all", "all")["resid_post"][0]
         assert close(got, naive(m, text)[0], torch.float32)
@@ -241,3 +346,41 @@ def test_a_state_space_model_is_read_and_says_that_it_does_not_generate():
     assert close(next_token(m, TEXTS[1], k=1)["top_logprobs"][0, 0], want, torch.float32)
     with pytest.raises(ModelError, match=r"Mamba2ForCausalLM keeps no key-value cache.*m\.hf"):
         generate(m, TEXTS[0], raw=True, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", CARRY_PADDING)
+def test_a_model_that_carries_padding_along_is_given_none(name):
+    m = make(name, CARRY_PADDING[name]())
+    assert not m.ignores_padding
+    got = capture(m, TEXTS, "all", "last")["resid_post"][:, :, 0]
+    want = torch.stack([naive(m, text)[0][:, -1] for text in TEXTS])
+    assert close(got, want, torch.float32)
+    # The wrong answer: the last layer of the batch that transformers makes of the texts.
+    given = m.tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side="left")
+    seen = []
+    handle = m.layers[-1].register_forward_hook(lambda _, __, out: seen.append(first_tensor(out)))
+    try:
+        with torch.no_grad():
+            m.hf(**given)
+    finally:
+        handle.remove()
+    assert not close(seen[0][:, -1], want[:, -1], torch.bfloat16)
+    with pytest.raises(ModelError, match=r"keeps no key-value cache.*m\.hf"):
+        generate(m, TEXTS[0], raw=True, max_new_tokens=2)
+
+
+def test_a_stream_of_several_copies_says_that_its_layers_are_not_residual():
+    config = t.Gemma3nTextConfig(
+        **COMMON,
+        head_dim=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        altup_num_inputs=2,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        sliding_window=6,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+        activation_sparsity_pattern=[0.0] * 4,
+    )
+    with pytest.raises(StructureUnknown, match=r"Gemma3nForCausalLM.*do not put out.*layers="):
+        make("gemma3n", config)

@@ -159,14 +159,22 @@ def test_nnsight_says_the_same(llama):
     clean, corrupt = ids_of(llama, CLEAN), ids_of(llama, CORRUPT)
     got = patch(llama, CLEAN, CORRUPT, answers=ANSWERS)["metric"][0]
     score, layers = difference(llama), llama.nnsight.model.layers
+    one, two = (record(llama, ids[0].tolist()) for ids in (clean, corrupt))
     differ = int((clean != corrupt)[0].nonzero()[0])
-    for layer, position in ((0, differ), (2, differ), (1, -1), (3, -1)):
+    last = clean.shape[1] - 1
+    for layer, position in ((0, differ), (2, differ), (1, last), (3, last)):
         with torch.no_grad(), llama.nnsight.trace({"input_ids": clean}):
             value = layers[layer].output[0, position].save()
         with torch.no_grad(), llama.nnsight.trace({"input_ids": corrupt}):
             layers[layer].output[0, position] = value
+            end = layers[-1].output[0, -1].save()
             out = llama.nnsight.output.logits[0, -1].save()
         assert got[layer, position] == pytest.approx(score(out.float()), abs=1e-5)
+        # A row replayed alone, with nothing cached before it, is the same to the last bit.
+        source = one.at("resid_post", layer)[[position]]
+        assert torch.equal(source[0], value)
+        alone = replay.replay(two, [Change("resid_post", layer, [position], source)])
+        assert torch.equal(alone[0], end)
 
 
 @pytest.mark.parametrize(

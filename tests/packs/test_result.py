@@ -81,6 +81,39 @@ def test_tokens_of_any_script_are_drawn_without_a_warning(llama):
     assert r.plot().png
 
 
+def test_a_table_shows_rows_and_says_how_many_it_leaves_out(llama):
+    r = logit_lens(llama, [LONG, *TEXTS], track=["she"])
+    lines = str(r.table(limit=3)).split("\n")
+    assert repr(r.table(limit=3)) == "\n".join(lines)
+    assert lines[0].split() == list(r.rows[0])
+    assert len(lines) == 5
+    assert lines[-1] == f"... {len(r.rows) - 3} more in .rows"
+    assert str(r.table("layer", "she", limit=len(r.rows))).count("\n") == len(r.rows)
+    head, row = str(r.table("she", "layer", limit=1)).split("\n")[:2]
+    assert head.split() == ["she", "layer"]
+    assert row.split() == [f"{r['she'][0]:.4g}", str(r["layer"][0])]
+
+
+def test_a_cell_of_a_table_is_one_short_line():
+    rows = [{"text": "a\nb", "n": None, "x": 0.123456}, {"text": "long " * 30, "more": [1, 2]}]
+    table = Result("x", {}, {}, Provenance("x"), rows=rows).table()
+    head, first, second = str(table).split("\n")
+    assert head.split() == ["text", "n", "x", "more"]
+    assert first.split() == ["a\\nb", "0.1235"]
+    assert second.startswith("long long")
+    assert [len(part.strip()) for part in second.split("…")] == [31, 6]
+
+
+def test_a_table_of_what_is_not_there_is_refused(llama):
+    r = generate(llama, "the", max_new_tokens=1)
+    with pytest.raises(ResultError, match=r"no column 'layer' in this result: conv, sample"):
+        r.table("layer")
+    with pytest.raises(ResultError, match="limit=0"):
+        r.table(limit=0)
+    with pytest.raises(ResultError, match="has no rows"):
+        Result("x", {}, {}, Provenance("x")).table()
+
+
 def test_a_tensor_needs_a_name_for_each_axis():
     with pytest.raises(ResultError, match="name each axis"):
         Result("x", {"a": torch.ones(2, 2)}, {"a": ("row",)}, Provenance("x"))

@@ -60,7 +60,7 @@ async def test_a_notebook_is_seen_while_it_grows(place: Ground) -> None:
 
         watching = asyncio.create_task(watch())
         await lab.cell(handle, "for i in range(3): print('line', i)\n1/0")
-        await lab.call("create_cell", sandbox=handle, source="**bold** $x$", kind="markdown")
+        await lab.call("create_cell", sandbox=handle, source="**bold** $x$", type="markdown")
         async with asyncio.timeout(20):
             while not any(n == "cell" and "<strong>bold" in d["html"] for n, d in seen):
                 await asyncio.sleep(0.1)

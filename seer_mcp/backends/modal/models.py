@@ -23,6 +23,7 @@ from ...model_store import (
     HubModel,
     Manifest,
     follow,
+    hidden_map,
     hub_model,
     hub_models,
     kernel_map,
@@ -33,7 +34,7 @@ from ...model_store import (
 from .. import Progress
 from .account import APP, HANDLE, Account
 from .image import PYTHON, UV, Images
-from .sandbox import ModalSandbox
+from .sandbox import THERE, ModalSandbox
 
 HUB_CLIENT = "huggingface_hub>=1,<3"
 PLACES = "/models"  # where a kernel finds them, by numbers: a path names no model
@@ -80,6 +81,7 @@ class Models:
                 if base is not None and not spec.base and model.name == spec.name:
                     waiting.append(base)
         told = kernel_map(found)
+        told |= hidden_map(specs, told, THERE.packs)
         return volumes, {MODELS_VARIABLE: json.dumps(told)} if told else {}
 
     async def kept(self) -> dict[str, Manifest | None]:

@@ -1,0 +1,67 @@
+"""Every investigation in examples/ runs offline, asserts its finding and its control, and leaves its notebook."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "examples").glob("*/run.py"))
+
+
+def run(script: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(script), "--outputs", str(folder / "outputs"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=folder,
+        env={**os.environ, "SEER_MCP_STATE": str(folder / "state"), "HF_HUB_OFFLINE": "1"},
+    )
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
+def test_an_investigation_finds_what_it_is_about(script: Path, tmp_path: Path) -> None:
+    done = run(script, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    book = nbformat.read(told["notebook"], as_version=4)
+    nbformat.validate(book)
+    assert book.cells[0].source.startswith("# ")
+    assert {c.metadata["seer"]["state"] for c in book.cells if c.cell_type == "code"} == {
+        "complete"
+    }
+    record = json.loads(next(Path(told["notebook"]).parent.glob("*.findings.json")).read_text())
+    (submission,) = record["submissions"]
+    cells = {cell.id for cell in book.cells}
+    assert submission["controls"], "a finding has its control"
+    for each in submission["evidence"] + submission["controls"]:
+        assert each["cell"] in cells
+    assert submission["claim"] in book.cells[-1].source
+    grades = list((tmp_path / "state" / "grades").glob("*.json"))
+    graded = (script.parent / "grader.toml").exists() or (script.parent / "grade.py").exists()
+    assert len(grades) == graded
+    for grade in map(json.loads, map(Path.read_text, grades)):
+        assert grade["score"] == 1.0, grade
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
+def test_a_hidden_model_is_not_named_in_its_notebook(script: Path) -> None:
+    from seer_mcp.environment import opening_cells, read_investigation
+
+    for file in script.parent.glob("*.toml"):
+        if file.stem.startswith("grade"):
+            continue
+        found = read_investigation(file)
+        text = "\n".join(source for _, source in opening_cells(found))
+        for model in found.models:
+            if model.hidden:
+                for name in filter(None, (model.name, model.adapter, model.base)):
+                    assert name.rpartition("/")[2] not in text
