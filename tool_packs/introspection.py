@@ -263,6 +263,10 @@ def _trial(m: Model, chat: str | Chat, start: str | int, number: int) -> tuple[P
 
     if isinstance(chat, str):
         (prompt,) = read(m, numbered(chat))
+    elif not all(isinstance(x, dict) and isinstance(x.get("content"), str) for x in chat):
+        raise TextError(
+            f"chat = {str(chat)[:80]!r}: give one text, or one list of messages with role and content"
+        )
     else:
         (prompt,) = read(m, [{**x, "content": numbered(x["content"])} for x in chat])
     if isinstance(start, str):

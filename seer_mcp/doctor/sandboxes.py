@@ -253,6 +253,7 @@ def rebuild(one: Kept) -> Fix:
             "stopping": None,
             "price": None,  # a local one costs nothing
             "secrets": config.get("secrets", []),
+            "investigation": None,
             "sandbox": one.running,
         }
         write_json(one.folder / "record.json", sealed(record))

@@ -15,8 +15,12 @@ from .investigation import FILE, Investigation, read_investigation
 
 _PACKAGE = Path(__file__).parent.parent
 SHIPPED = next(
-    (folder for folder in (_PACKAGE / "examples", _PACKAGE.parent / "examples") if folder.is_dir()),
-    _PACKAGE / "examples",
+    (
+        folder
+        for folder in (_PACKAGE.parent / "seer_mcp_examples", _PACKAGE.parent / "examples")
+        if folder.is_dir()
+    ),
+    _PACKAGE.parent / "examples",
 )
 MOST = 500  # folders that are looked into
 

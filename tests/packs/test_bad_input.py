@@ -137,7 +137,14 @@ TECHNIQUES = {
 }
 LAYERS = {"layer", "layers", "into"}
 POSITIONS = {"position", "positions", "start"}
-NO_NUMBERS = {"anatomy.anatomy", "anatomy.tokenize"}  # no pass is made
+# No pass is made with the model's weights.
+NO_NUMBERS = {
+    *("anatomy.anatomy", "anatomy.tokenize", "sae.load", "jacobian_swap.swap_intervention"),
+    "attention.attention_patterns",  # its example reads two layers that come before the broken one
+    *("neuronpedia.feature", "neuronpedia.search", "neuronpedia.activations"),
+}
+# Needs another argument beside it, which the example does not give; takes one chat and no list of texts.
+DEPENDENT = {("probes.probe", "unlabelled"), ("introspection.introspect", "chat")}
 
 
 def parameters(name):
@@ -161,6 +168,7 @@ def cases(kind):
         pytest.param(name, key, id=f"{name}-{key}")
         for name in TECHNIQUES
         for key in parameters(name)[1][kind]
+        if (name, key) not in DEPENDENT
     ]
 
 
@@ -171,7 +179,9 @@ def example_with(name, key, value):
     calls = [
         node
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in (name, name.split(".")[1])
+        # By its name, or as that of the pack that offers it (sae.diff is sae_diff.diff).
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).split(".")[-1] == name.split(".")[1]
     ]
     assert calls, f"the example of {name} does not call it"
     for call in calls:
@@ -211,8 +221,8 @@ def test_a_layer_out_of_range_to_any_technique(models, name, key, layer):
 
 @pytest.mark.parametrize(("name", "key"), cases("position"))
 def test_a_position_out_of_range_to_any_technique(models, name, key):
-    said = refusal(models["llama-lora"], name, key, -99)
-    assert "-99" in said
+    said = refusal(models["llama-lora"], name, key, -9999)
+    assert "-9999" in said
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +242,7 @@ def broken(folders):
 def test_a_model_with_nan_among_its_weights_to_any_technique(broken, name):
     code = compile(TECHNIQUES[name].example, name, "exec")
     said = sentence(lambda: exec(code, {"m": broken, "torch": torch}))
-    assert "NaN" in said
+    assert "NaN" in said or "not finite" in said
 
 
 def test_weights_that_hold_nan_are_named(broken):

@@ -190,7 +190,7 @@ def test_pairs_that_do_not_fit(llama):
 def test_states_with_nan_are_refused(folders):
     m = load_model(str(folders["llama"]))
     m.core.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(TextError, match="NaN"):
+    with pytest.raises(PackError, match="NaN"):
         das(m, BASE[:12], SOURCE[:12], layer=1)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from tool_packs import organisms
 from tool_packs.activations import capture
-from tool_packs.errors import ModelError, TextError
+from tool_packs.errors import ModelError, PackError, TextError
 from tool_packs.models import load_model
 from tool_packs.organisms.check import gender_chats
 from tool_packs.probes import KINDS, probe, probe_scores
@@ -451,7 +451,7 @@ def test_activations_that_are_nan_are_refused(folders):
     m = load_model(str(folders["llama"]))
     with torch.no_grad():
         m.layers[2].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(TextError, match=r"layer 2.*NaN"):
+    with pytest.raises(PackError, match=r"NaN.*layers\.2"):
         probe(m, SHE, HE)
     assert probe(m, SHE, HE, layers=[0, 1], n_null=1)["auroc"].isfinite().all()
 

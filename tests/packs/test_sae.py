@@ -337,7 +337,7 @@ class TestTraining:
     def test_states_with_nan_are_refused(self, folders):
         m = load_model(str(folders["llama"]))
         m.core.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
-        with pytest.raises(TextError, match="NaN"):
+        with pytest.raises(PackError, match="NaN"):
             sae.train(m, CORPUS, 1)
 
     def test_an_interrupt_leaves_nothing(self, llama, monkeypatch):

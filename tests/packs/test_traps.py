@@ -278,7 +278,7 @@ def test_trap_14_a_layer_that_puts_out_a_tuple_reads_and_steers_alike(folders, m
     def unpack(module, args, kwargs):  # the stack of this release expects a tensor
         return (args[0][0] if isinstance(args[0], tuple) else args[0], *args[1:]), kwargs
 
-    for layer in m.layers[1:]:
+    for layer in [*m.layers[1:], m.structure.final_norm]:
         layer.register_forward_pre_hook(unpack, with_kwargs=True)
     v = torch.ones(m.width)
     change = intervention(m, v, 1, 2.0)
