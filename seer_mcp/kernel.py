@@ -180,8 +180,9 @@ class Events:
 class Link:
     """Keeps one connection to the host, for as long as the session wants it.
 
-    `on_event` is called once for each event, in order, beginning with number `start`; `on_damage`
-    with how many lines of how many bytes could not be read.
+    `on_event` is called once for each event, in order, beginning with number `start`; of commands
+    that run when we first come, beginning with their first event. `on_damage` is called with how
+    many lines of how many bytes could not be read.
     `is_gone` is asked after a failed dial: it returns why the machine is gone for good, or None.
     """
 
@@ -197,6 +198,9 @@ class Link:
         self._dial = dial
         self._on_event = on_event
         self._events = Events(start, self._come, on_damage)
+        self._start = start
+        self._running: frozenset[str] | None = None
+        """Commands that ran when we first came."""
         self._is_gone = is_gone
         self._on_gone = on_gone
         self._ids = itertools.count(1)
@@ -251,6 +255,11 @@ class Link:
             )
         return answer
 
+    @property
+    def last(self) -> int:
+        """Number of the event that came last."""
+        return self._events.next - 1
+
     async def caught_up(self) -> None:
         """Wait until every event that existed when we connected has been folded."""
         await self._caught_up.wait()
@@ -302,7 +311,8 @@ class Link:
             return None
 
     async def _talk(self, reader: StreamReader, writer: StreamWriter) -> None:
-        self._send(writer, encoded({"id": 0, "op": "subscribe", "from": self._events.next}))
+        wanted = {"from": self._events.next, "running": self._running is None}
+        self._send(writer, encoded({"id": 0, "op": "subscribe", **wanted}))
         for _, line, _ in list(self._waiting.values()):
             self._send(writer, line)
         self._writer = writer
@@ -330,17 +340,30 @@ class Link:
 
     def _come(self, event: Event) -> None:
         fault_point("event.come")
-        self._on_event(event)
+        if event["n"] >= self._start or event.get("run") in (self._running or ()):
+            self._on_event(event)
         fault_point("event.folded")
 
     def _answered(self, answer: dict[str, Any], known: int) -> int:
         """Pass an answer to whom it is for; how many events there were when we subscribed."""
         if answer["id"] == 0:
+            if self._running is None:
+                self._begin_with(answer)
             return answer["last"] if is_kind(answer.get("last"), int) else known
         _, _, future = self._waiting.get(answer["id"], (None, None, None))
         if future is not None and not future.done():
             future.set_result(answer)
         return known
+
+    def _begin_with(self, answer: dict[str, Any]) -> None:
+        """The host also tells what runs, from its first event on; one of an earlier version does not."""
+        start: Any = answer.get("from")
+        running: Any = answer.get("running")
+        if not is_kind(running, list) or not is_kind(start, int) or start < 1:
+            running = []
+        self._running = frozenset(id for id in running if isinstance(id, str))
+        if self._running:
+            self._events.next = min(start, self._events.next)
 
     async def _ping(self, writer: StreamWriter) -> None:
         while True:

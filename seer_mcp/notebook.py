@@ -17,7 +17,6 @@ import os
 import secrets
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from typing import Any, Literal
 from .errors import BadInput, NotebookNotSaved, NotebookUnreadable, NotFound
 from .ipynb import as_lines, join_outputs, new_id, parse_notebook, storable
 from .merge import Face, Merge, changed_keys, face_of, give_ids_back, merge, outputs_digest
-from .outputs import Event, Outputs, display_id, joined
+from .outputs import Event, Outputs, Piece, display_id, joined
 from .sharedfile import Displaced, Stamp, free_name, recover_parts, replace, stamp
 from .versions import Versions, Written
 
@@ -45,7 +44,10 @@ CellType = Literal["code", "markdown", "raw"]
 
 
 class Cell:
-    """One cell: nbformat's dictionary, and its outputs while they may change."""
+    """One cell: nbformat's dictionary, and its outputs while they may change.
+
+    Of a cell that is written and may not change any more the outputs are kept once: in its JSON.
+    """
 
     __slots__ = ("_data", "_face", "_notebook", "_text", "_written", "outputs", "since")
 
@@ -61,14 +63,45 @@ class Cell:
 
     @property
     def data(self) -> dict[str, Any]:
-        if self.kind == "code" and "outputs" not in self._data:  # it rests: they are in its JSON
-            assert self._text is not None
-            self._data["outputs"] = join_outputs(json.loads(self._text)["outputs"])
-        return self._data
+        """nbformat's dictionary, whole, to be read; `put` changes it."""
+        if self.kind != "code":
+            return self._data
+        return {**self._data, "outputs": self._kept()}
 
-    @data.setter
-    def data(self, data: dict[str, Any]) -> None:
-        self._data = data
+    def _kept(self) -> list[dict[str, Any]]:
+        """Its outputs as the file keeps them."""
+        if self.outputs is not None:
+            return self.outputs.items()
+        if "outputs" in self._data:
+            return self._data["outputs"]
+        assert self._text is not None
+        return join_outputs(json.loads(self._text)["outputs"])
+
+    def put(self, **fields: Any) -> None:
+        """Change fields of nbformat's dictionary; None takes one away."""
+        self.changed()  # before its JSON goes, what only that holds is taken from it
+        self._data.update(fields)
+        for name in [name for name, value in fields.items() if value is None]:
+            del self._data[name]
+
+    def put_count(self, count: int | None) -> None:
+        self._data["execution_count"] = count
+        self.changed()
+
+    def become(self, data: dict[str, Any]) -> None:
+        """Another cell's content, also of another kind, under this one's id."""
+        self._data, self.outputs, self._text = data, None, None
+        self.changed()
+
+    def put_outputs(self, outputs: list[dict[str, Any]]) -> None:
+        """These instead of those that it has."""
+        self.outputs = None
+        self._data["outputs"] = outputs
+        self.changed()
+
+    def forget_run(self) -> None:
+        self.metadata.pop("seer", None)
+        self.changed()
 
     @property
     def id(self) -> str:
@@ -83,9 +116,17 @@ class Cell:
         return joined(self._data["source"])
 
     @property
+    def metadata(self) -> dict[str, Any]:
+        return self._data["metadata"]
+
+    @property
+    def execution_count(self) -> int | None:
+        return self._data.get("execution_count")
+
+    @property
     def seer(self) -> dict[str, Any]:
         """What we know of its last run: run, state, started, seconds, why, …"""
-        return self._data["metadata"].get("seer", {})
+        return self.metadata.get("seer", {})
 
     @property
     def state(self) -> str:
@@ -101,31 +142,39 @@ class Cell:
         return self._face
 
     def changed(self) -> None:
-        self._data = self.data  # whole again, before its JSON goes
+        if self.outputs is None and self.kind == "code":
+            self._data["outputs"] = self._kept()
         self._text = None
         self._notebook.touched()
 
     def note(self, **facts: Any) -> None:
         """Add facts to what is known of its run; None takes one away."""
         seer = {**self.seer, **facts}
-        self.data["metadata"]["seer"] = {k: v for k, v in seer.items() if v is not None}
+        self.metadata["seer"] = {k: v for k, v in seer.items() if v is not None}
         self.changed()
 
     def live(self) -> Outputs:
         """Its outputs, ready to take more."""
         if self.outputs is None:
-            folder = self._notebook.path.parent
-            files = {i: folder / name for i, name in self.seer.get("files", {}).items()}
-            self.outputs = Outputs(self._spill_path, self.data["outputs"], files)
+            self.outputs = self._opened()
+            self._data.pop("outputs", None)
         return self.outputs
 
+    def pieces(self) -> list[Piece]:
+        """Its outputs, to be read."""
+        return (self.outputs or self._opened()).pieces() if self.kind == "code" else []
+
+    def _opened(self) -> Outputs:
+        folder = self._notebook.path.parent
+        files = {i: folder / name for i, name in self.seer.get("files", {}).items()}
+        return Outputs(self._spill_path, self._kept(), files)
+
     def rest(self) -> None:
-        """Its run was over long ago: its outputs are kept once, in its JSON, until they are wanted."""
-        if self.state in UNFINISHED or self._text is None:
+        """Its run was over long ago: its outputs can take no more until they are wanted."""
+        if self.outputs is None or self.state in UNFINISHED or self.outputs.behind():
             return
-        if self.outputs is None or not self.outputs.behind():
-            self.outputs = None
-            self._data.pop("outputs", None)
+        self.encoded()
+        self.outputs = None
 
     def shows(self, display: str | None) -> bool:
         """Whether displays of that id are among its outputs."""
@@ -137,7 +186,7 @@ class Cell:
             self._text or b""
         ):
             return False
-        return any(display_id(output) == display for output in self.data.get("outputs", []))
+        return any(display_id(output) == display for output in self.data.get("outputs", ()))
 
     def _spill_path(self, index: int) -> Path:
         run = self.seer.get("run", "old")
@@ -145,10 +194,9 @@ class Cell:
 
     def begin(self, run: str, since: int) -> None:
         self.live().fold({"type": "clear", "wait": False})
-        self.outputs = None
-        self.data["outputs"] = []
-        self.data["execution_count"] = None
-        self.data["metadata"].pop("seer", None)
+        self.put_outputs([])
+        self.put_count(None)
+        self.forget_run()
         self.since = since
         self.note(run=run, state="queued", since=since)
 
@@ -161,30 +209,34 @@ class Cell:
             self._notebook.reshaped |= self.face is not self._written
             self._written = self.face
             if self.outputs is not None:
-                self.data["outputs"] = self.outputs.items()
                 names = {
                     i: str(f.relative_to(self._notebook.path.parent))
                     for i, f in self.outputs.files().items()
                 }
                 if names or "files" in self.seer:
-                    self.data["metadata"]["seer"] = {**self.seer, "files": names}
+                    self.metadata["seer"] = {**self.seer, "files": names}
+            data = self.data
             if self.seer.get("run"):
-                self.data["metadata"]["seer"] = {**self.seer, "digest": outputs_digest(self.data)}
+                self.metadata["seer"] = {**self.seer, "digest": outputs_digest(data)}
             text = json.dumps(
-                as_lines(self._to_be_folded_again()), indent=1, ensure_ascii=False, sort_keys=True
+                as_lines(self._to_be_folded_again(data)),
+                indent=1,
+                ensure_ascii=False,
+                sort_keys=True,
             )
             self._text = text.replace("\n", "\n  ").encode("utf-8")
+            self._data.pop("outputs", None)
         return self._text
 
-    def _to_be_folded_again(self) -> dict[str, Any]:
-        """Its data. While output waits for room, the file must not say that the run is over.
+    def _to_be_folded_again(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Its data for the file. While output waits for room, the file must not say that the run is over.
 
         If this server ends before there is room, the next one then folds the run again.
         """
         if self.outputs is None or self.since is None or not self.outputs.behind():
-            return self.data
+            return data
         noted = {**self.seer, "state": "running", "since": self.since}
-        return {**self.data, "metadata": {**self.data["metadata"], "seer": noted}}
+        return {**data, "metadata": {**self.metadata, "seer": noted}}
 
 
 class Notebook:
@@ -223,7 +275,7 @@ class Notebook:
         self._displaced: list[Displaced] = []
         self._behind: dict[str, Outputs] = {}  # whose output waits for room on the disk
         self._left: set[tuple[str, str]] = set()  # outputs from elsewhere that were not taken
-        self._ended: deque[Cell] = deque()  # whose runs ended last: they may still say something
+        self._awake: dict[Cell, None] = {}  # whose runs ended last: they may still say something
         self._dirty = asyncio.Event()
         self._writable = asyncio.Event()
         self._writable.set()
@@ -276,15 +328,15 @@ class Notebook:
     def rewrite(self, cell: Cell, source: str) -> None:
         self._settled(cell, "edited")
         if cell.source != source:
-            cell.data["source"] = storable(source)
+            cell.put(source=storable(source))
             if cell.kind == "code" and cell.seer.get("run"):
                 cell.note(stale=True)
-            cell.changed()
 
     def delete(self, cell: Cell) -> None:
         self._settled(cell, "deleted")
         self.cells.remove(cell)
         del self._by_id[cell.id]
+        self._awake.pop(cell, None)
         self._by_run = {run: other for run, other in self._by_run.items() if other is not cell}
         self.changed()
 
@@ -326,6 +378,7 @@ class Notebook:
             for other in self.cells:
                 if other.shows(event.get("display_id")) and other.live().update(event):
                     other.changed()
+                    self._keep_awake(other)
             return
         if cell is None:
             return
@@ -334,22 +387,32 @@ class Notebook:
         elif kind == "end":
             cell.live().close()
             self.look_after(f"cell {cell.id}", cell.live())
-            cell.data["execution_count"] = event["count"]
+            cell.put_count(event["count"])
             kept: dict[str, Any] = {"why": event["why"] or None}
             if event["dropped_bytes"]:
                 kept["output_bytes"] = event["output_bytes"]
                 kept["dropped_bytes"] = event["dropped_bytes"]
             cell.note(state=event["state"], seconds=round(event["seconds"], 3), since=None, **kept)
-            self._ended.append(cell)
-            if len(self._ended) > AWAKE:
-                self._ended.popleft().rest()
+            self._keep_awake(cell)
         elif kind in ("stream", "display", "result", "error", "clear", "capped"):
             cell.live().fold(event)
             self.look_after(f"cell {cell.id}", cell.live())
             if event.get("late"):
                 cell.note(late=cell.seer.get("late", 0) + 1)
                 cell.live().close()
+                self._keep_awake(cell)
             cell.changed()
+
+    def _keep_awake(self, cell: Cell) -> None:
+        """It may say more: of those whose runs are over, the last few are ready for it."""
+        if cell.state in UNFINISHED:
+            return
+        self._awake.pop(cell, None)
+        self._awake[cell] = None
+        if len(self._awake) > AWAKE:
+            longest = next(iter(self._awake))
+            del self._awake[longest]
+            longest.rest()
 
     def rewind(self) -> int:
         """After a restart: from which event on the journal has to be folded again.
@@ -362,8 +425,7 @@ class Notebook:
                 since: int = cell.seer.get("since", self.folded)
                 cell.since = since
                 start = min(start, since + 1)
-                cell.data["outputs"] = []
-                cell.outputs = None
+                cell.put_outputs([])
                 cell.note(state="queued", files=None)
         return start
 
@@ -417,6 +479,7 @@ class Notebook:
         if cell is not None and cell.state in UNFINISHED:
             cell.live().close()
             cell.note(state=state, why=why, since=None)
+            self._keep_awake(cell)
 
     # -- the file -----------------------------------------------------------------------------
 
@@ -427,6 +490,12 @@ class Notebook:
     def unhold(self) -> None:
         self._writable.set()
         self.changed()
+
+    @property
+    def settled(self) -> bool:
+        """Whether all of it is on disk, and nobody may still write into an older file of it."""
+        unsaved = self._saved_version < self._version or self._saving.locked() or self.trouble
+        return not (unsaved or self._displaced or self._behind)
 
     def touched(self) -> None:
         """Something is to be saved."""
@@ -750,13 +819,12 @@ class Notebook:
             return
         self._by_run.pop(cell.seer.get("run", ""), None)
         theirs["metadata"].pop("seer", None)
-        cell.data, cell.outputs = theirs, None
-        cell.changed()
+        cell.become(theirs)
 
     def _take_over(self, cell: Cell, theirs: dict[str, Any], base: Face | None, face: Face) -> bool:
         """What they changed of a cell beside its source; whether there was anything."""
         old = json.loads(base.metadata) if base else {}
-        own = cell.data["metadata"]
+        own = cell.metadata
         new = {
             k: v
             for k, v in changed_keys(old, json.loads(face.metadata)).items()
@@ -769,10 +837,8 @@ class Notebook:
                 own[key] = value
         attached = face.attachments not in (base.attachments if base else "", cell.face.attachments)
         if attached:
-            cell.data.pop("attachments", None)
-            if "attachments" in theirs:
-                cell.data["attachments"] = theirs["attachments"]
-        if new or attached:
+            cell.put(attachments=theirs.get("attachments"))
+        elif new:
             cell.changed()
         return self._take_outputs(cell, theirs, base) or bool(new) or attached
 
@@ -795,10 +861,9 @@ class Notebook:
                 )
             return False
         self._by_run.pop(cell.seer.get("run", ""), None)
-        cell.data["metadata"].pop("seer", None)
-        cell.data["outputs"], cell.outputs = theirs["outputs"], None
-        cell.data["execution_count"] = theirs.get("execution_count")
-        cell.changed()
+        cell.forget_run()
+        cell.put_outputs(theirs["outputs"])
+        cell.put_count(theirs.get("execution_count"))
         return True
 
     def _digest_of(self, cell: Cell) -> str:

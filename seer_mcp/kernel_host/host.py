@@ -394,7 +394,9 @@ class Host:
         if status == "ok":
             state = "complete"
         elif status == "error":
-            stopped = run.interrupted and run.reply.get("ename") == "KeyboardInterrupt"
+            # What waits with `await` is told of an interrupt by a CancelledError.
+            ends = ("KeyboardInterrupt", "CancelledError")
+            stopped = run.interrupted and run.reply.get("ename") in ends
             state = "interrupted" if stopped else "error"
         else:
             state = "not_run"
@@ -561,10 +563,14 @@ class Host:
                     return
                 request = of_type(dict, json.loads(line))
                 if of_type(str, request["op"]) == "subscribe":
-                    start = of_type(int, request["from"])
+                    start, running = of_type(int, request["from"]), []
+                    if request.get("running"):  # whoever comes anew lacks the beginning of these
+                        running = sorted(self.commands.running)
+                        start = min([start, *(self.runs[id].first for id in running)])
                     if follower:
                         follower.cancel()
-                    self._answer(writer, request, {"last": self.journal.last})
+                    told = {"last": self.journal.last, "from": start, "running": running}
+                    self._answer(writer, request, told)
                     follower = asyncio.ensure_future(self._follow(writer, start))
                     continue
                 task = asyncio.ensure_future(self._serve_one(writer, request))

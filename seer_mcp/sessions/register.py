@@ -25,12 +25,9 @@ from ..environment import (
 )
 from ..errors import BadInput, Conflict, NotFound, SandboxUnreachable, SeerError, show
 from ..files import private_dir, resolve_inside, write_json
-from ..ipynb import read_notebook
 from ..money import Price
-from ..notebook import Notebook
 from ..observe import Observer
 from ..packs import Listing, Packs
-from ..sharedfile import stamp
 from .finds import Finds
 from .holdings import Holdings
 from .session import Session
@@ -38,6 +35,7 @@ from .starting import Starting
 from .starts import Starts
 from .sweep import sweep
 
+UNWANTED_SECONDS = 60.0  # after which a notebook of an ended sandbox is not held any more
 METER_SECONDS = 15.0  # between two looks at what was spent
 SWEEP_SECONDS = 60.0  # between two tries to ask what runs
 BILLED = "modal"  # the backend that costs money, and its folder under the state folder
@@ -66,6 +64,7 @@ class Register:
         self._first_scan: asyncio.Task[list[str]] | None = None
         self._metering: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
+        self._putting_away: asyncio.Task[None] | None = None
         self._swept: list[str] = []
 
     @property
@@ -93,11 +92,12 @@ class Register:
             self.observer.not_made(self.config.outputs_dir, error)
         self._first_scan = asyncio.create_task(self._finds.scan(), name="find sandboxes again")
         self._metering = asyncio.create_task(self._meter(), name="what sandboxes cost")
+        self._putting_away = asyncio.create_task(self._put_away(), name="put notebooks away")
         self._sweeping = asyncio.create_task(self._sweep(), name="sweep what is billed")
 
     async def close(self) -> None:
         """Let go of every sandbox, or end them, as configured."""
-        for task in (self._metering, self._sweeping):
+        for task in (self._metering, self._sweeping, self._putting_away):
             if task is not None:
                 task.cancel()
         for start in self._starts.under_way():
@@ -233,12 +233,7 @@ class Register:
             raise NotFound(
                 "sandbox", handle, mine, "list_sandboxes shows what runs; start_sandbox starts one."
             )
-        if session.unread:
-            path = session.notebook.path
-            seen = stamp(path)
-            cells, metadata = read_notebook(path) if path.exists() else ([], None)
-            session.notebook = Notebook(path, cells, metadata, seen)
-            session.unread = False
+        session.want_notebook()
         await session.notebook.refresh()
         return session
 
@@ -275,6 +270,13 @@ class Register:
             except SandboxUnreachable as error:
                 self._swept = [str(error)]
             await asyncio.sleep(SWEEP_SECONDS)
+
+    async def _put_away(self) -> None:
+        """Hold no notebooks of sandboxes that have ended; no call that asked for one still uses it."""
+        while True:
+            await asyncio.sleep(METER_SECONDS)
+            for session in self._held.sessions.values():
+                session.put_away(self.config.max_wait + UNWANTED_SECONDS)
 
     async def settle(self, folder: Path) -> str | None:
         """Take over the one sandbox of `folder`, as a server would at its start; what hinders, or None."""

@@ -25,18 +25,23 @@ from ..errors import (
     SeerError,
 )
 from ..files import Lock
+from ..ipynb import read_notebook
 from ..kernel import NUMBER, Event, Events, Link
 from ..kernel_host.fault import fault_point
 from ..notebook import UNFINISHED, Cell, Notebook
 from ..observe import Call, RunFacts, current_call
 from ..outputs import Outputs
 from ..redact import EventRedactor, Redactor
+from ..sharedfile import stamp
 from .lease import Lease
 from .meter import Meter
+from .recall import recall
 from .record import sealed
 
 Heartbeat = Callable[[str], Awaitable[None]]
 KNOWN_RUNS = 64  # of cells, that are over: the last run of a cell is in the notebook as well
+KNOWN_COMMANDS = 64  # that are over: of others the sandbox's journal tells, as long as it lives
+SANDBOX_GONE = f" Of commands in a sandbox that has ended the last {KNOWN_COMMANDS} can be read."
 HEARTBEAT_SECONDS = 5.0
 INTERRUPT_SECONDS = 5.0
 FRESH_SECONDS = 0.05  # that a look waits for what was put out before it
@@ -67,6 +72,10 @@ class RunInfo:
     """A command's outputs (a cell's are in the notebook)."""
     call: Call | None = None
     """The tool call that began it, if that was one of this server."""
+    whole: bool = True
+    """Whether its first event came to this server."""
+    recalled: int = 0
+    """Up to which event it was read from the journal (see recall.py)."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -97,7 +106,8 @@ class Session:
         self.notebook_lock: Lock | None = None
         self.created = created
         self.runs: dict[str, RunInfo] = {}
-        self._past: deque[str] = deque()  # runs of cells that are over, the latest last
+        self._past: dict[str, deque[str]] = {"cell": deque(), "command": deque()}
+        """Runs that are over, by their kind, the latest last."""
         self.kernel_state = "starting"
         self.kernel_how = ""
         self.generation = 0
@@ -119,7 +129,9 @@ class Session:
         self.opening: list[RunInfo] = []
         """Runs of the cells that its notebook began with."""
         self.unread = False
-        """It ended long ago: its notebook is read when somebody asks for it."""
+        """It ended: its notebook is read when somebody asks for it."""
+        self.wanted = time.monotonic()
+        """When somebody asked for its notebook last."""
         self.lost_bytes = 0
         """Bytes of output that the host could not keep because its disk was full."""
         self.damaged_lines = 0
@@ -131,7 +143,8 @@ class Session:
         self.on_stopping: Callable[[Session], None] = lambda session: None
         self.on_run_begun: Callable[[Session, RunInfo, str], None] = lambda session, run, code: None
         self.on_run_over: Callable[[Session, RunInfo], None] = lambda session, run: None
-        self._events = EventRedactor(redactor or Redactor(), self._fold)
+        self._redactor = redactor or Redactor()
+        self._events = EventRedactor(self._redactor, self._fold)
         self._sandbox: Sandbox | None = None
         self._left_behind: Callable[[], Awaitable[Path | None]] = nothing
         self._link: Link | None = None
@@ -401,7 +414,29 @@ class Session:
         try:
             self.on_end(self)  # before the locks go: who takes them must read that it has ended
         finally:
+            self.wanted = time.monotonic()
             self.release()
+
+    def want_notebook(self) -> None:
+        """Somebody asks for the notebook: read it, if it is not held. Raises NotebookUnreadable."""
+        if self.unread:
+            path, notices = self.notebook.path, self.notebook.notices
+            seen = stamp(path)
+            cells, metadata = read_notebook(path) if path.exists() else ([], None)
+            self.notebook, self.unread = Notebook(path, cells, metadata, seen), False
+            self.notebook.notices = notices
+        self.wanted = time.monotonic()
+
+    def put_away(self, unwanted: float) -> None:
+        """It ended, and nobody asked for its notebook in so many seconds: it is read again for who does."""
+        calm = time.monotonic() - self.wanted > unwanted
+        if self.ended is None or self.unread or self._work or not (calm and self.notebook.settled):
+            return
+        notices = self.notebook.notices
+        self.notebook, self.unread = Notebook(self.notebook.path), True
+        self.notebook.notices = notices
+        self._left_behind = nothing
+        self._link = self._saver = self._ending = self._asking = None
 
     def _finish(self, id: str, state: str, why: str) -> None:
         self.notebook.finish(id, state, why)
@@ -415,10 +450,13 @@ class Session:
         run.over.set()
         self.on_run_over(self, run)
         run.call = None
-        if run.kind == "cell":
-            self._past.append(run.id)
-            if len(self._past) > KNOWN_RUNS:
-                self.runs.pop(self._past.popleft(), None)
+        self._past_by_one(run)
+
+    def _past_by_one(self, run: RunInfo) -> None:
+        past = self._past[run.kind]
+        past.append(run.id)
+        if len(past) > (KNOWN_RUNS if run.kind == "cell" else KNOWN_COMMANDS):
+            self.runs.pop(past.popleft(), None)
 
     def _own(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task that belongs to the session, not to the call that began it."""
@@ -446,9 +484,19 @@ class Session:
         cell = self.notebook.by_run(id)
         run = self.runs.get(id)
         if run is None:
+            if cell is None and event.get("late"):
+                return  # of a run that is forgotten: its cell ran again, or it was a command of long ago
             run = self.runs[id] = RunInfo(
-                id, "cell" if cell else "command", cell.id if cell else ""
+                id, "cell" if cell else "command", cell.id if cell else "", whole=kind == "start"
             )
+        if event["n"] > run.recalled:
+            self._fold_into(run, event)
+            if kind == "end":
+                self._over(run)
+        self.on_change(self, cell.id if cell else "")
+
+    def _fold_into(self, run: RunInfo, event: Event) -> None:
+        kind = event["type"]
         if kind == "start":
             run.state, run.started = "running", event["t"]
             run.subject = event.get("command", run.subject)
@@ -458,14 +506,42 @@ class Session:
             run.code = event["count"] if run.kind == "command" else None
             if run.outputs:
                 run.outputs.close()
-            self._over(run)
-        elif cell is None and run.kind == "command":
-            run.outputs = run.outputs or Outputs(
-                lambda i: self.notebook.outputs_dir / f"{id}-{i}.txt"
-            )
+        elif run.kind == "command":
+            if run.outputs is None:
+                folder = self.notebook.outputs_dir
+                run.outputs = Outputs(lambda i: folder / f"{run.id}-{i}.txt")
             run.outputs.fold(event)
-            self.notebook.look_after(f"command {id}", run.outputs)
-        self.on_change(self, cell.id if cell else "")
+            self.notebook.look_after(f"command {run.id}", run.outputs)
+
+    async def recall(self, id: str) -> None:
+        """Know a command again that is over, of an earlier server or of long ago, if it was one of here.
+
+        Raises SandboxUnreachable.
+        """
+        here = self.runs.get(id)
+        if here is not None and (here.whole or here.kind == "cell" or not here.over.is_set()):
+            return
+        if self.ended is not None or not id.startswith("c"):
+            return
+        link, sandbox = self._linked(), self._sandbox
+        answer = await link.request("runs", runs=[id])
+        known = next(iter(answer["runs"]), None)
+        if sandbox is None or known is None or known["state"] in UNFINISHED:
+            return
+        run = RunInfo(id, "command", "")
+
+        def fold(event: Event) -> None:
+            self._fold_into(run, event)
+
+        first = known["first"]
+        run.recalled = await recall(
+            sandbox.dial, self._redactor, id, first, lambda: link.last, fold
+        )
+        run.over.set()
+        if self.runs.get(id) is here:
+            self.runs[id] = run
+            if here is None:
+                self._past_by_one(run)
 
     # -- runs ---------------------------------------------------------------------------------
 
@@ -575,7 +651,11 @@ class Session:
         cell = self.notebook.by_run(id)
         if cell is None:
             raise NotFound(
-                "run", id, list(self.runs)[-12:], "read_notebook shows the last run of each cell."
+                "run",
+                id,
+                list(self.runs)[-12:],
+                "read_notebook shows the last run of each cell."
+                + (SANDBOX_GONE if self.ended is not None else ""),
             )
         return self.run_of(cell)
 

@@ -114,8 +114,7 @@ def notes(session: Session, run: RunInfo | None = None) -> str:
 def pieces_of(session: Session, run: RunInfo) -> list[Piece]:
     if run.kind == "command":
         return run.outputs.pieces() if run.outputs else []
-    cell = session.notebook.cell(run.subject)
-    return cell.live().pieces() if cell.kind == "code" else []
+    return session.notebook.cell(run.subject).pieces()
 
 
 async def of_run(
@@ -200,7 +199,7 @@ def cell_line(number: int, cell: Cell) -> str:
     state = cell.state if cell.kind == "code" else cell.kind
     extra = ""
     if cell.kind == "code":
-        count = cell.data.get("execution_count")
+        count = cell.execution_count
         extra = f" [{count}]" if count else ""
         if "seconds" in cell.seer and cell.state not in UNFINISHED:
             extra += f" {seconds(cell.seer['seconds'])}"

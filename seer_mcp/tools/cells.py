@@ -125,7 +125,7 @@ def tools(register: Register) -> list[Tool]:
         if run:
             return await run_and_wait(register, context, session, [target], wait)
         await session.save()
-        kept = " Its outputs are those of the old source." if target.data.get("outputs") else ""
+        kept = " Its outputs are those of the old source." if target.pieces() else ""
         return Answer(
             f"cell {target.id}: changed, not run.{kept}{notes(session)}", meta={"cell": target.id}
         ).result()

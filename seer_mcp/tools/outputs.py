@@ -58,9 +58,9 @@ def whole(session: Session, cells: list[Cell], with_outputs: bool) -> str:
     for cell in cells:
         parts.append(f"--- cell {cell.id} ({cell.state}) ---\n{cell.source}")
         if with_outputs and cell.kind == "code":
-            how = reading_on(session, cell=cell.id)
-            text = digest(cell.live().pieces(), each, how)
-            count = len(images_of(cell.live().pieces()))
+            pieces = cell.pieces()
+            text = digest(pieces, each, reading_on(session, cell=cell.id))
+            count = len(images_of(pieces))
             pictures = (
                 f"\n[{count} image{'s' if count > 1 else ''}: read_outputs shows them]"
                 if count
@@ -85,6 +85,8 @@ def tools(register: Register) -> list[Tool]:
         to `wait` seconds for it to end. cursor reads one page of the exact text ("0:0" is the beginning); image=N
         shows the Nth image larger."""
         session = await register.get(sandbox, owner())
+        if run:
+            await session.recall(run)
         found = wanted_run(session, cell, run)
         began = time.monotonic()
         if not cursor and not image:
