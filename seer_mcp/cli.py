@@ -22,7 +22,7 @@ from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
 from .model_store.command import add_models, run_models
 from .sandboxes import add_sandboxes, run_sandboxes
-from .serve import add_serve, run_token
+from .serve import add_serve, add_watch, run_token
 from .sessions import make_folders
 
 
@@ -128,6 +128,7 @@ def parser() -> argparse.ArgumentParser:
         "stdio", parents=[common], help="serve one client over stdin and stdout (the default)"
     )
     add_serve(commands, common)
+    add_watch(commands, common)
     demo = commands.add_parser(
         "demo", help="find a planted belief in a shipped model, with its control"
     )
@@ -242,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = (
         "stdio",
         "serve",
+        "watch",
         "demo",
         "doctor",
         "models",
@@ -273,6 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_models(flags, config)
         if flags.command == "sandboxes":
             return asyncio.run(run_sandboxes(flags, config))
+        if flags.command == "watch":
+            from .watch.command import run_watch
+
+            return run_watch(flags, config)
         if flags.command == "token":
             return run_token(flags, config)
         if flags.command == "grades":

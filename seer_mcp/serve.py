@@ -1,4 +1,4 @@
-"""The commands `seer-mcp serve` and `seer-mcp token`."""
+"""The commands `seer-mcp serve`, `seer-mcp token` and `seer-mcp watch`."""
 
 from __future__ import annotations
 
@@ -121,6 +121,20 @@ def add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
         "revoke", help="end a token, or all of a user's; a running server obeys"
     )
     revoke.add_argument("which", metavar="ID|USER")
+
+
+def add_watch(commands: Any, common: argparse.ArgumentParser) -> None:
+    watch = commands.add_parser(
+        "watch",
+        parents=[common],
+        help="see in the browser what runs on this machine: each sandbox with its notebook, as it grows",
+    )
+    watch.add_argument(
+        "--port", type=port, metavar="N", help="a port of your choice (default: any that is free)"
+    )
+    watch.add_argument(
+        "--no-browser", action="store_true", help="only print the address, which opens once"
+    )
 
 
 def run_serve(flags: argparse.Namespace, config: Config) -> int:

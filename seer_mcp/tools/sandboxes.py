@@ -298,6 +298,13 @@ def tools(register: Register) -> list[Tool]:
         if not minutes and not idle_minutes:
             raise BadInput("minutes", minutes, "name minutes or idle_minutes")
         session = await register.get(sandbox, owner())
+        for name, wanted in (("minutes", minutes), ("idle_minutes", idle_minutes)):
+            if 0 < wanted < 1:  # it would be over before the next call
+                raise BadInput(
+                    name,
+                    wanted,
+                    f"give 1 or more; {call('stop_sandbox', sandbox=sandbox)} ends it now",
+                )
         lease = await session.extend(minutes * 60 or None, idle_minutes * 60 or None)
         left = lease.left()
         ends = "has no end of its own" if left is None else f"ends in {duration(left)}"

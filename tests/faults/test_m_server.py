@@ -252,6 +252,8 @@ async def test_m_the_end_is_told_before_it_comes_and_can_be_moved(
     handle = await lab.start(backend="modal", hours=0.1)
     said = text_of(await lab.cell(handle, "1 + 1"))
     assert "ENDS SOON" in said and "extend_sandbox" in said
+    for short in ({"minutes": 0.01}, {"idle_minutes": 0.5}):  # over before the next call
+        assert "stop_sandbox" in await lab.no("extend_sandbox", sandbox=handle, **short)
     moved = await lab.ok("extend_sandbox", sandbox=handle, minutes=40)
     assert "ends in 40 min" in moved
     assert "ENDS SOON" not in text_of(await lab.cell(handle, "1 + 1"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from seer_mcp.http.tokens import SCOPES, TokenFile
 from seer_mcp.watch.page import cell_html, output_html, read_cells
 
 from ..faults.ground import TOKEN, Endpoint, Ground, http_server
+from ..support import open_lab
 
 pytestmark = pytest.mark.anyio
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><svg onload=alert(1)>"
@@ -34,7 +36,7 @@ async def browser(server: Endpoint, token: str = TOKEN) -> AsyncIterator[httpx2.
         yield http
 
 
-async def stream(http: httpx2.AsyncClient, path: str) -> AsyncIterator[tuple[str, Any]]:
+async def stream(http: httpx2.AsyncClient, path: str) -> AsyncGenerator[tuple[str, Any]]:
     """The events of a page."""
     async with http.stream("GET", path) as answer:
         assert answer.status_code == 200
@@ -186,6 +188,48 @@ async def test_t01_a_page_shows_nothing_of_somebody_else(place: Ground) -> None:
         assert (await his.get(f"/s/{handle}")).status_code == 404
         users.revoke(kept.id)
         assert (await his.get("/")).status_code == 401
+
+
+async def test_watch_shows_what_a_server_over_stdio_runs_to_who_opens_it_first(
+    place: Ground,
+) -> None:
+    config = place.config()
+    async with open_lab(place.folder, state_dir=config.state_dir) as lab:
+        handle = await lab.start(name="over-stdio")
+        await lab.cell(handle, "print('seen', 6 * 7)")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "seer_mcp.cli", "watch", "--no-browser", "--state", str(config.state_dir)),
+            cwd=place.folder,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            assert process.stdout is not None
+            said = (await asyncio.wait_for(process.stdout.readline(), 30)).decode()
+            address = said.split()[-1]
+            base = address[: address.index("/enter")]
+            async with httpx2.AsyncClient(base_url=base) as http:
+                assert (await http.get("/cards")).status_code == 401
+                assert (await http.get("/", headers={"Host": "evil.example"})).status_code == 421
+                assert (await http.get("/enter?once=guess")).status_code == 401
+                assert (await http.get(address)).status_code == 303
+                assert "over-stdio" in (await http.get("/")).text
+                page = (await http.get(f"/s/{handle}")).text
+                assert "seen 42" in page and "Stop the sandbox" not in page
+                for act in ("stop", "interrupt", "share"):
+                    answer = await http.post(f"/s/{handle}/{act}", headers={"Origin": base})
+                    assert answer.status_code == 403
+                events = stream(http, f"/s/{handle}/events")
+                await lab.cell(handle, "print('more', 6 * 7)")
+                async with asyncio.timeout(20):
+                    while "more 42" not in str(await anext(events)):
+                        pass
+                await events.aclose()
+            async with httpx2.AsyncClient(base_url=base) as second:
+                assert (await second.get(address)).status_code == 401
+        finally:
+            process.terminate()
+            assert await asyncio.wait_for(process.wait(), 20) == 0
 
 
 def evil_cells() -> list[dict[str, Any]]:
