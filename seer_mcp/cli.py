@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.command == "sandboxes":
             return asyncio.run(run_sandboxes(flags, config))
         if flags.command == "watch":
-            from .watch.command import run_watch
+            from .watching import run_watch
 
             return run_watch(flags, config)
         if flags.command == "token":

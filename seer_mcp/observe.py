@@ -13,7 +13,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -117,6 +117,12 @@ class Observer:
         self.log = Log(state_dir / "logs", self.instance, redactor)
         self.audit = Audit(state_dir / "audit.jsonl", self.instance, audit_code, self.log)
         self._numbers = count(1)
+        self.on_call: Callable[[Call, float], None] = lambda call, seconds: None
+        """Hears of each call that is over, and of the seconds it took."""
+        self.on_run: Callable[[RunFacts, str, float | None, int], None] = (
+            lambda run, state, seconds, output_bytes: None
+        )
+        """Hears of each run that is over: its state, seconds and bytes of output."""
 
     def open(self, **settings: Any) -> None:
         self.log.open()
@@ -191,7 +197,9 @@ class Observer:
                     span.set_attribute("seer.run.ids", call.runs)
 
     def _call_over(self, call: Call) -> None:
-        milliseconds = round((time.monotonic() - call.began) * 1000, 1)
+        took = time.monotonic() - call.began
+        self.on_call(call, took)
+        milliseconds = round(took * 1000, 1)
         self.log.write(
             "call",
             tool=call.tool,
@@ -246,6 +254,7 @@ class Observer:
         code: int | None,
     ) -> None:
         """Once it has ended. After a restart of the server possibly a second time, with the same id."""
+        self.on_run(run, state, seconds, output_bytes)
         common = {
             "run": run.id,
             "kind": run.kind,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from .backends import BACKENDS, open_backend
 from .config import Config
 from .errors import EndUnconfirmed, NotFound, SandboxUnreachable, SeerError
 from .files import Lock
+from .flags import above_one
 from .money import money
 from .packs import Packs
 from .sessions import Register
@@ -50,6 +52,13 @@ def add_sandboxes(commands: Any, common: argparse.ArgumentParser) -> None:
     swept.add_argument(
         "--backend", choices=tuple(BACKENDS), action="append", help="ask only this one"
     )
+    costs = verbs.add_parser(
+        "costs", parents=[common], help="what sandboxes cost, for each owner and day"
+    )
+    costs.add_argument(
+        "--days", type=above_one, default=7, metavar="N", help="how many days back (default: 7)"
+    )
+    costs.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 async def run_sandboxes(flags: argparse.Namespace, config: Config) -> int:
@@ -61,6 +70,8 @@ async def run_sandboxes(flags: argparse.Namespace, config: Config) -> int:
         else:
             show(lines)
         return 0
+    if flags.verb == "costs":
+        return costs(config, flags.days, flags.json)
     if flags.verb == "stop":
         return await stop(config, flags.handles, flags.all)
     return await sweep_all(config, flags.backend or used(config))
@@ -108,6 +119,33 @@ def show(lines: list[Line]) -> None:
         )
     living = sum(line.state in ("runs", "unknown") for line in lines)
     print(f"{living} running, {len(lines) - living} not")
+
+
+def costs(config: Config, days: int, as_json: bool) -> int:
+    """What was spent; 1 if a part of the book could not be read."""
+    book = SpendBook(config.state_dir / "spend.jsonl", "")
+    found = book.by_day(days, time.time())
+    if as_json:
+        lines = [
+            {
+                "day": day,
+                "owner": owner,
+                "dollars": round(s.dollars, 4),
+                "gpu_minutes": s.gpu_minutes,
+            }
+            for day, owner, s in found
+        ]
+        print(json.dumps({"costs": lines}, indent=1))
+    else:
+        for day, owner, spent in found:
+            print(
+                f"{day}  {owner:24}  {money(spent.dollars):>9}  {spent.gpu_minutes:,.1f} GPU-minutes"
+            )
+        if not found:
+            print(f"nothing that costs money ran in the last {days} days")
+    if damage := book.damage():
+        print(f"seer-mcp: {damage}", file=sys.stderr)
+    return 1 if damage else 0
 
 
 async def stop(config: Config, handles: list[str], everything: bool) -> int:

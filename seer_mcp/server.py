@@ -152,6 +152,10 @@ class SeerServer(MCPServer[None]):
         except SeerError as error:
             raise MCPError(INVALID_PARAMS, str(error)) from error
 
+    @property
+    def tool_names(self) -> frozenset[str]:
+        return frozenset(tool.name for tool in self._tool_manager.list_tools())
+
     def scope_needed(self, method: str, name: str) -> str | None:
         """The scope that a request needs; None for those that any token may make."""
         if method != "tools/call":

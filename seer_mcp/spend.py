@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,20 @@ class SpendBook:
             if owner is None or entry.owner == owner:
                 total += entry.spent(since, now)
         return total
+
+    def by_day(self, days: int, now: float) -> list[tuple[str, str, Spent]]:
+        """What each owner spent on each of the last days (local time): day, owner, sum; the newest first."""
+        today = datetime.fromtimestamp(now).replace(hour=0, minute=0, second=0, microsecond=0)
+        found: list[tuple[str, str, Spent]] = []
+        for back in range(days):
+            begin, end = today - timedelta(days=back), today - timedelta(days=back - 1)
+            sums: dict[str, Spent] = {}
+            for entry in self.entries().values():
+                of_day = entry.spent(begin.timestamp(), min(now, end.timestamp()))
+                if of_day.dollars or of_day.gpu_minutes:
+                    sums[entry.owner] = sums.get(entry.owner, Spent()) + of_day
+            found += [(f"{begin:%Y-%m-%d}", owner, spent) for owner, spent in sorted(sums.items())]
+        return found
 
     def of(self, sandbox: str, now: float) -> Spent:
         entry = self.entries().get(sandbox)

@@ -23,6 +23,7 @@ from ..server import SeerServer, build_server
 from ..watch import Pages, ServerSource, Visitor, Visitors
 from .access import Access
 from .gate import Buckets, Gate, SameHost
+from .metrics import metrics_of
 from .serving import Serving
 from .slow import Prompt
 
@@ -68,7 +69,7 @@ def build_app(config: Config, serving: Serving) -> Starlette:
     app.add_middleware(
         SameHost, hosts=serving.names, origins=serving.origins, open_paths=OPEN_PATHS
     )
-    app.router.routes.extend(health(server))
+    app.router.routes += [*health(server), metrics_of(server, metadata)]
     if serving.pages:
         app.router.routes.extend(pages_of(server, access, serving))
     app.state.seer = server

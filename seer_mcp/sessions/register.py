@@ -28,6 +28,7 @@ from ..files import private_dir, resolve_inside, write_json
 from ..money import Price
 from ..observe import Observer
 from ..packs import Listing, Packs
+from ..spend import SpendBook
 from .finds import Finds
 from .holdings import Holdings
 from .session import Session
@@ -70,6 +71,20 @@ class Register:
     @property
     def observer(self) -> Observer:
         return self._held.observer
+
+    @property
+    def book(self) -> SpendBook:
+        return self._held.book
+
+    @property
+    def sessions(self) -> list[Session]:
+        """Everybody's: for figures, never for a caller."""
+        return list(self._held.sessions.values())
+
+    @property
+    def starting(self) -> int:
+        """How many sandboxes are being started, for everybody."""
+        return len(self._starts.under_way())
 
     @property
     def ready(self) -> bool:

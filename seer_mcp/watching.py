@@ -13,12 +13,10 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from ..config import Config
-from ..errors import BadInput
-from ..http.gate import SameHost
-from .routes import Pages
-from .source import FolderSource
-from .visitors import OneTime, Visitors
+from .config import Config
+from .errors import BadInput
+from .http.gate import SameHost
+from .watch import FolderSource, OneTime, Pages, Visitors
 
 HOST = "127.0.0.1"
 
