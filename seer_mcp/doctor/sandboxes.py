@@ -253,6 +253,7 @@ def rebuild(one: Kept) -> Fix:
             "stopping": None,
             "price": None,  # a local one costs nothing
             "secrets": config.get("secrets", []),
+            "shared": False,  # until its owner shares it again
             "investigation": None,
             "sandbox": one.running,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import time
 import traceback
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from .volumes import MountedVolumes, Volumes
 Result = api_pb2.GenericResult
 BLOCKED = api_pb2.NetworkAccess.NetworkAccessType.BLOCKED
 LONGEST = 24 * 3600
+SNAPSHOT_TRIES = 5
 
 
 @dataclass
@@ -304,8 +306,14 @@ class Sandboxes:
     async def snapshot(self, sandbox: Sandbox, ttl: float | None) -> Image:
         upper = sandbox.alive().upper
         layer = self.mounts.layers / ids.new("sn")
-        copy = await asyncio.create_subprocess_exec("cp", "-a", str(upper), str(layer))
-        if await copy.wait():
+        for _ in range(
+            SNAPSHOT_TRIES
+        ):  # a file that goes while it is copied is no fault of a snapshot
+            shutil.rmtree(layer, ignore_errors=True)
+            copy = await asyncio.create_subprocess_exec("cp", "-a", str(upper), str(layer))
+            if not await copy.wait():
+                break
+        else:
             refuse(Status.INTERNAL, "the sandbox's files could not be copied")
         return self.images.add_snapshot(sandbox.image, layer, ttl)
 
