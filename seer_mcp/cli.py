@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import __version__
+from .clients import add_install, run_install
 from .cloud_models import run_cloud_models
 from .config import Config, from_environment
 from .environment import schema
@@ -129,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_serve(commands, common)
     add_watch(commands, common)
+    add_install(commands)
     demo = commands.add_parser(
         "demo", help="find a planted belief in a shipped model, with its control"
     )
@@ -244,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "stdio",
         "serve",
         "watch",
+        "install",
         "demo",
         "doctor",
         "models",
@@ -266,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.command == "schema":
             print(json.dumps(schema(), indent=1))
             return 0
+        if flags.command == "install":
+            return run_install(flags, os.environ)
         config = config_of(flags)
         log_to_stderr(flags.log_level, config.redactor)
         arm_faults(config.fault)
