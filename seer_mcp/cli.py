@@ -261,6 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or (given[0] not in known and given[0].startswith("-")):
         given.insert(0, "stdio")
     flags = parser().parse_args(given)
+    for name in ("MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET"):
+        if os.environ.get(name) == "":  # a client's empty setting, which would hide ~/.modal.toml
+            del os.environ[name]
     try:
         if flags.command == "demo":
             from .demo import run_demo
