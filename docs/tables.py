@@ -16,12 +16,11 @@ from pydantic import BaseModel
 
 from seer_mcp.backends import BACKENDS
 from seer_mcp.config import Config
-from seer_mcp.environment import GPUS, ModelSpec, Repo, SandboxSettings
+from seer_mcp.environment import BUILTIN_PACKS, GPUS, ModelSpec, Repo, SandboxSettings
 from seer_mcp.environment.investigation import InvestigationFile
 from seer_mcp.kernel_host.fault import POINTS
 from seer_mcp.money import TABLE, hourly, priced_as
 from seer_mcp.packs import Packs, read_packs
-from seer_mcp.server import BUILTIN_PACKS
 from seer_mcp.sessions import Register
 from seer_mcp.tools import build_tools
 

@@ -22,6 +22,7 @@ from .grading import kept
 from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
 from .model_store.command import add_models, run_models
+from .own_packs import add_packs, begin_pack, check_packs
 from .sandboxes import add_sandboxes, run_sandboxes
 from .serve import add_serve, add_watch, run_token
 from .sessions import make_folders
@@ -131,6 +132,7 @@ def parser() -> argparse.ArgumentParser:
     add_serve(commands, common)
     add_watch(commands, common)
     add_install(commands)
+    add_packs(commands, common)
     demo = commands.add_parser(
         "demo", help="find a planted belief in a shipped model, with its control"
     )
@@ -247,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "serve",
         "watch",
         "install",
+        "packs",
         "demo",
         "doctor",
         "models",
@@ -274,6 +277,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if flags.command == "install":
             return run_install(flags, os.environ)
+        if flags.command == "packs" and flags.verb == "new":
+            return begin_pack(flags)
         config = config_of(flags)
         log_to_stderr(flags.log_level, config.redactor)
         arm_faults(config.fault)
@@ -281,6 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return asyncio.run(run_cloud_models(flags, config))
         if flags.command == "models":
             return run_models(flags, config)
+        if flags.command == "packs":
+            return check_packs(flags, config)
         if flags.command == "sandboxes":
             return asyncio.run(run_sandboxes(flags, config))
         if flags.command == "watch":

@@ -51,6 +51,11 @@ SECTIONS = {
 _HEADING = re.compile(rf"({'|'.join(SECTIONS)}):[ \t]*(.*)")
 
 
+def would_hide(name: str) -> bool:
+    """Whether a module of this name would hide one that the kernel or our packs import."""
+    return name in _TAKEN
+
+
 @dataclass(frozen=True)
 class Technique:
     """A public function or class of a pack. A section that its docstring lacks is ""."""
@@ -211,7 +216,7 @@ def _package(folder: Path) -> str:
 
 
 def _check_name(name: str, top_level: bool) -> None:
-    if top_level and name in _TAKEN:
+    if top_level and would_hide(name):
         raise PackError(f"it would hide the installed module {name}; rename it.")
     if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
         raise PackError("its name cannot be imported; use letters a-z, digits and underscores.")

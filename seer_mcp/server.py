@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -39,6 +38,7 @@ from pydantic import ValidationError
 
 from . import __version__, prompts
 from .config import Config
+from .environment import BUILTIN_PACKS
 from .errors import NotFound, Refused, SeerError
 from .kernel_host.fault import fault_point
 from .logs import drain_stderr
@@ -59,7 +59,6 @@ from .tools.seam import (
     secret_given,
 )
 
-BUILTIN_PACKS = Path(__file__).parent.parent / "tool_packs"
 EXIT_SECONDS = 4.0
 NOTICE_SECONDS = 1.0  # between two update notices of one notebook
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 from mcp.types import CallToolResult
 
+from seer_mcp.environment import BUILTIN_PACKS
 from seer_mcp.packs import read_packs
-from seer_mcp.server import BUILTIN_PACKS
 
 from .support import Lab, open_lab, read_cells, streams, text_of
 

@@ -213,10 +213,10 @@ async def test_c03_no_call_waits_longer_than_the_limit(place: Ground) -> None:
         lab = Lab(client, place.folder)
         handle = await lab.start()
         began = time.monotonic()
-        result = await lab.cell(handle, "import time; time.sleep(3); 'whole'", wait=1e6)
-        assert time.monotonic() - began < 3
+        result = await lab.cell(handle, "import time; time.sleep(8); 'whole'", wait=1e6)
+        assert time.monotonic() - began < 8  # it did not wait for the cell
         assert result.meta["seer/run"]["state"] == "running" and not result.is_error
-        for _ in range(5):
+        for _ in range(15):
             text = await lab.ok("read_outputs", sandbox=handle, wait=1e6)
             if "complete" in text:
                 break

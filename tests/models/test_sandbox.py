@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from seer_mcp.environment import ModelSpec, SandboxSpec
+from seer_mcp.environment import BUILTIN_PACKS, ModelSpec, SandboxSpec
 from seer_mcp.errors import Conflict, ModelUnavailable
 from seer_mcp.model_store import HubModel, ModelStore
 from seer_mcp.packs import Packs
-from seer_mcp.server import BUILTIN_PACKS
 from seer_mcp.sessions import Register
 from tests.support import config_for, read_cells, streams
 
