@@ -28,8 +28,10 @@ T = TypeVar("T")
 
 
 class Holdings:
-    def __init__(self, config: Config, packs: Packs) -> None:
+    def __init__(self, config: Config, packs: Packs, only: str | None = None) -> None:
+        """`only`: the owner whose sandboxes are taken over from servers that are gone; None: everybody's."""
         self.config = config
+        self.only = only
         self.packs = packs
         self.on_change: Callable[[Session, str], None] = lambda session, cell: None
         self.sessions: dict[str, Session] = {}

@@ -54,12 +54,13 @@ def make_folders(config: Config) -> None:
 
 
 class Register:
-    def __init__(self, config: Config, packs: Packs) -> None:
+    def __init__(self, config: Config, packs: Packs, only: str | None = None) -> None:
+        """`only`: the owner whose sandboxes of earlier servers it takes over; None: everybody's."""
         self.config = config
         self.packs = packs
         self.shelf = Investigations(config.investigations)
         self.closed = asyncio.Event()
-        self._held = Holdings(config, packs)
+        self._held = Holdings(config, packs, only)
         self._starts = Starts(self._held)
         self._finds = Finds(self._held)
         self._first_scan: asyncio.Task[list[str]] | None = None
