@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -25,7 +24,6 @@ from .environment import Investigation
 from .errors import NotFound, SeerError
 from .interface import Exposed, Schema
 from .packs import Packs
-from .redact import Redactor
 from .server import BUILTIN_PACKS, EXIT_SECONDS, redact
 from .sessions import Outcome, Register, Request, Scope
 from .text import printable

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import anyio
@@ -151,6 +151,10 @@ class SeerServer(MCPServer[None]):
             return await asyncio.to_thread(prompts.rendered, self.register.shelf, name, arguments)
         except SeerError as error:
             raise MCPError(INVALID_PARAMS, str(error)) from error
+
+    @property
+    def ready(self) -> bool:
+        return self.register.ready
 
     @property
     def tool_names(self) -> frozenset[str]:
@@ -331,9 +335,16 @@ def add_notices(server: SeerServer, register: Register, bus: InMemorySubscriptio
     server.on_request("resources/unsubscribe", UnsubscribeRequestParams, unsubscribe)
 
 
-async def serve_stdio(config: Config) -> None:
+class Stdio(Protocol):
+    """A server that can be served over stdio."""
+
+    register: Register
+
+    async def run_stdio_async(self) -> None: ...
+
+
+async def serve_stdio(server: Stdio) -> None:
     """Serve one client over stdin and stdout until it closes them or a signal comes; then exit."""
-    server = build_server(config)
     async with anyio.create_task_group() as group:
 
         async def until_told() -> None:

@@ -81,7 +81,7 @@ def call(name: str, arguments: str, numbers: int = NUMBERS, characters: int = CH
 
     try:
         answer, shown = _answer(name, json.loads(arguments), numbers, characters)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever a function raises becomes a sentence)
         traceback.print_exc()
         answer = {"error": sentence(error)}
         shown = answer["error"]
@@ -195,7 +195,7 @@ def decoded(value: Any, kind: Any) -> Any:
     if isinstance(value, list) and inner:
         if origin is tuple:
             kinds = [inner[0]] * len(value) if inner[-1] is ... else inner
-            return tuple(decoded(held, of) for held, of in zip(value, kinds))
+            return tuple(decoded(held, of) for held, of in zip(value, kinds, strict=True))
         return [decoded(held, inner[0]) for held in value]
     if isinstance(value, dict) and len(inner) == 2:
         return {key: decoded(held, inner[1]) for key, held in value.items()}

@@ -228,7 +228,7 @@ class Scope:
         limits = self._limits
         cell = session.notebook.insert(
             "code",
-            f"seer_scoped.call({name!r}, {ascii(given)}, {limits.numbers}, {limits.characters})",
+            f"seer_scoped.call({name!r}, {given!a}, {limits.numbers}, {limits.characters})",
         )
         self._remember(session, cell)
         try:
