@@ -76,7 +76,7 @@ def fail(how: str) -> str:
         print(SECRET)  # noqa: T201
         return "printed"
     if how == "sleep":
-        time.sleep(30)
+        time.sleep(10_000)
     if how == "cycle":
         ring: list = []
         ring.append(ring)
