@@ -51,6 +51,12 @@ SECTIONS = {
 _HEADING = re.compile(rf"({'|'.join(SECTIONS)}):[ \t]*(.*)")
 
 
+def importable(name: str) -> bool:
+    """Whether a module can be called so without hiding another."""
+    plain = name.isascii() and name.isidentifier() and not name.startswith("_")
+    return plain and not keyword.iskeyword(name) and name not in _TAKEN
+
+
 @dataclass(frozen=True)
 class Technique:
     """A public function or class of a pack. A section that its docstring lacks is ""."""

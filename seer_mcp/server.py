@@ -44,7 +44,7 @@ from .kernel_host.fault import fault_point
 from .logs import drain_stderr
 from .packs import Packs
 from .redact import Redactor
-from .sessions import Register, Session
+from .sessions import Bridges, Register, Session
 from .tools import build_tools
 from .tools.seam import (
     argument_errors,
@@ -205,6 +205,7 @@ def build_server(
     packs = Packs([BUILTIN_PACKS, *config.packs])
     register = Register(config, packs)
     bus = OwnersBus(register)
+    bridges = Bridges(register)
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[None]) -> AsyncGenerator[None]:
@@ -213,6 +214,7 @@ def build_server(
             yield None
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(EXIT_SECONDS):
+                await bridges.close()
                 await register.close()
 
     server = SeerServer(

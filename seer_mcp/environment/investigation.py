@@ -10,7 +10,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import InterfaceRefused, InvestigationRefused, NotFound, PathRefused, nearest, show
 from ..files import NAME, RESERVED, resolve_inside
-from ..interface import Interface, read_interface
-from ..packs import Packs
+from ..interface import Interface, read_interface, told
+from ..packs import Packs, importable
 from .skills import Skill, SkillProblem, read_skill
 from .spec import ModelSpec, Repo, SandboxSettings, SandboxSpec, Strict
 
@@ -60,6 +60,9 @@ class InvestigationFile(Strict):
     interface: str = ""
     """A Python file with exposed functions: this configuration is the inside of a scoped sandbox
     (seer-mcp --scope)."""
+    scoped: dict[str, str] = Field(default_factory=dict[str, str])
+    """Functions of other sandboxes for the notebook: import name = an interface file, or a configuration that
+    names one."""
     sandbox: SandboxSettings = Field(default_factory=SandboxSettings)
     """The machine: [sandbox]."""
     models: tuple[ModelSpec, ...] = ()
@@ -88,6 +91,8 @@ class Investigation:
     skills: tuple[Skill, ...] = ()
     interface: Interface | None = None
     """The functions that are all that a client gets of it."""
+    scoped: dict[str, Investigation] = field(default_factory=dict[str, "Investigation"])
+    """What its notebook can import of other sandboxes, by name."""
 
     @property
     def models(self) -> tuple[ModelSpec, ...]:
@@ -267,6 +272,10 @@ class _Resolver:
         parsed = self._parsed
         name = self._name()
         grader = self._grader()
+        scoped = self._scoped()
+        inside = [
+            path for s in scoped.values() if s.interface for path in (s.file, s.interface.path)
+        ]
         kept_back = {
             file: why
             for file, why in (
@@ -275,6 +284,7 @@ class _Resolver:
                 *((other, "a configuration") for other in self._folder.glob("*.toml")),
                 (self._folder / SCRIPT, "the scripted investigator, which knows the answer"),
                 (self._folder / ".env", "values of secrets"),
+                *((path, "the inside of a scoped sandbox") for path in inside),
             )
             if file is not None
         }
@@ -296,6 +306,9 @@ class _Resolver:
             self._problems += _sentences(error)
         interface = self._interface()
         task = self._task() if interface is None else interface.description
+        task += "".join(
+            f"\n\n{told(name, s.interface)}" for name, s in scoped.items() if s.interface
+        )
         if self._problems or spec is None:
             raise InvestigationRefused(str(self._file), self._problems)
         return Investigation(
@@ -311,6 +324,7 @@ class _Resolver:
             setup,
             skills,
             interface,
+            scoped,
         )
 
     def _name(self) -> str:
@@ -358,6 +372,32 @@ class _Resolver:
             return ()
         cells = (cell.strip() for cell in _CELL.split(text))
         return tuple(cell for cell in cells if cell)
+
+    def _scoped(self) -> dict[str, Investigation]:
+        found: dict[str, Investigation] = {}
+        for name, value in self._parsed.scoped.items():
+            key = f"scoped.{name}"
+            path = self._inside(key, value)
+            if not importable(name):
+                self._problems.append(
+                    f"{key}: {show(name)} cannot be imported; choose another name"
+                )
+            elif f"{name}.py" in self._parsed.sandbox.files:
+                self._problems.append(f"{key}: sandbox.files has a {name}.py; choose another name")
+            elif path is None:
+                continue
+            elif path == self._file.resolve() or (
+                path.suffix == ".toml" and path.is_file() and _parsed(path).scoped
+            ):
+                self._problems.append(
+                    f"{key} = {show(value)}: it names scoped sandboxes of its own"
+                )
+            else:
+                try:
+                    found[name] = read_scope(path)
+                except (InvestigationRefused, NotFound) as error:
+                    self._problems.append(f"{key} = {show(value)}: {error}")
+        return found
 
     def _interface(self) -> Interface | None:
         if not (given := self._parsed.interface) or not (found := self._inside("interface", given)):

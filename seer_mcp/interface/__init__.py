@@ -1,6 +1,7 @@
 """What a scoped client may call: functions of a file, read without running it."""
 
 from .kinds import Kind, Schema
+from .library import module_source, told
 from .reading import Exposed, Interface, Parameter, parse_interface, read_interface
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "Kind",
     "Parameter",
     "Schema",
+    "module_source",
     "parse_interface",
     "read_interface",
+    "told",
 ]

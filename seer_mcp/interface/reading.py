@@ -71,6 +71,12 @@ class Exposed:
     description: str
     parameters: tuple[Parameter, ...]
     returns: Kind
+    signature: str = "()"
+    """As it is written: "(text: str, layer: int = -1) -> np.ndarray"."""
+
+    @property
+    def summary(self) -> str:
+        return self.description.partition("\n")[0]
 
     def schema(self) -> Schema:
         """Of its arguments."""
@@ -204,7 +210,9 @@ def _exposed(
             parameter = Parameter(argument.arg, kind, parameter.description, False, value)
         parameters.append(parameter)
     returns = _kind(node.returns, f"{at}: what it returns", problems)
-    return Exposed(node.name, text, tuple(parameters), returns)
+    result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    signature = f"({ast.unparse(given)}){result}"
+    return Exposed(node.name, text, tuple(parameters), returns, signature)
 
 
 def _argument_texts(docstring: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..backends import Progress
 from ..config import Config
@@ -96,6 +97,12 @@ class Register:
         """Call `on_change` for each change of a notebook, with the id of the cell."""
         self._held.on_change = on_change
 
+    def asked(
+        self, on_asked: Callable[[Session, Any], None], on_ended: Callable[[Session], None]
+    ) -> None:
+        """Call `on_asked` for what a notebook asks of its scoped sandboxes, `on_ended` when it has ended."""
+        self._held.on_asked, self._held.on_ended = on_asked, on_ended
+
     # -- life ---------------------------------------------------------------------------------
 
     async def open(self) -> None:
@@ -139,13 +146,29 @@ class Register:
         Raises NotFound (with those that there are), PathRefused or InvestigationRefused.
         """
         if file := self.shelf.file(asked):
-            return read_investigation(file)
+            return self._to_start(read_investigation(file), asked, owner)
         home = self.config.home(owner)
         roots = [*home.roots, *self.config.investigations]
         path = resolve_inside("investigation", asked, home.base, roots)
         if not path.exists():
             raise self.shelf.unknown(asked)
-        return read_investigation(path)
+        return self._to_start(read_investigation(path), asked, owner)
+
+    def _to_start(self, found: Investigation, asked: str, owner: str) -> Investigation:
+        if found.interface is not None:
+            raise BadInput(
+                "investigation",
+                asked,
+                "it is the inside of a scoped sandbox: serve it with `seer-mcp --scope`, or name it under [scoped] of "
+                "an investigation",
+            )
+        if found.scoped and self.config.team:
+            raise BadInput(
+                "investigation",
+                asked,
+                "a team's server starts no scoped sandboxes for investigations",
+            )
+        return found
 
     def workspace(self, owner: str) -> tuple[Listing, tuple[Skill, ...]]:
         """All packs, and the skills, that the caller's running sandboxes have."""

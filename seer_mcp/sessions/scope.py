@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..environment import Investigation
-from ..errors import BadInput, Conflict, NotFound, ScopeUnavailable, SeerError, show
+from ..errors import BadInput, Conflict, NotFound, ScopeStarting, ScopeUnavailable, SeerError, show
 from ..interface import Exposed, Interface
 from ..notebook import Cell
 from .register import Register
 from .session import RunInfo, Session
 
 MIME = "application/vnd.seer.scoped+json"  # of tool_packs/scoped.py
-ARGUMENT_CHARACTERS = 1_000_000
+INLINE = 64_000  # characters of a result that stay in the notebook
 WAITING = 64  # calls that are under way at once
 OF_ONE = 16  # of one owner
 KEPT = 256  # calls whose results can be read again
@@ -45,10 +45,11 @@ Beat = Callable[[str], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a result may cross: numbers of an array, and characters of all as JSON."""
+    """How much may cross: numbers of an array, and characters of arguments and of a result as JSON."""
 
     numbers: int = 20_000
     characters: int = 200_000
+    arguments: int = 1_000_000
 
 
 @dataclass
@@ -63,6 +64,8 @@ class Request:
     run: RunInfo
     note: str = ""
     """What the caller must know beside the result."""
+    answer: dict[str, Any] | None = None
+    """{"value": …} or {"error": …}, once it is there."""
 
     @property
     def over(self) -> bool:
@@ -185,10 +188,7 @@ class Scope:
             async with asyncio.timeout(seconds):
                 return await asyncio.shield(self._begin())
         except TimeoutError:
-            raise ScopeUnavailable(
-                "The sandbox behind these functions is still starting. Nothing was called; call again in a "
-                "moment."
-            ) from None
+            raise ScopeStarting from None
         except SeerError as error:
             raise ScopeUnavailable(
                 "The sandbox behind these functions did not start. Nothing was called; the server's log tells "
@@ -214,18 +214,18 @@ class Scope:
             known = ", ".join(p.name for p in function.parameters) or "none"
             raise SeerError(f"{' '.join(wrong[:6])} Parameters of {name}: {known}.")
         given = json.dumps(arguments, allow_nan=False)
-        if len(given) > ARGUMENT_CHARACTERS:
+        limits = self._limits
+        if len(given) > limits.arguments:
             raise BadInput(
                 "arguments",
                 f"{len(given):,} characters",
-                f"a call may have {ARGUMENT_CHARACTERS:,}; send less at once",
+                f"a call may have {limits.arguments:,}; send less at once",
             )
         self._admit(owner)
         session = await self._at_hand(seconds)
         self._admit(owner)  # others may have waited as well
         anew = self._seen.get(owner, self._generation) < self._generation
         self._seen[owner] = self._generation
-        limits = self._limits
         cell = session.notebook.insert(
             "code",
             f"seer_scoped.call({name!r}, {given!a}, {limits.numbers}, {limits.characters})",
@@ -294,6 +294,13 @@ class Scope:
                 ) from error
         return self.outcome(request)
 
+    def holds(self, request: Request) -> bool:
+        return request.id in self._requests
+
+    def forget(self, request: Request) -> None:
+        """Its result was passed on."""
+        self._requests.pop(request.id, None)
+
     def abandon(self, request: Request) -> None:
         """Its caller is gone and was never told its id: it is cancelled."""
         if not request.over:
@@ -306,7 +313,9 @@ class Scope:
         if run.state != "complete":
             why = ENDS.get(run.state, "it ended without an answer")
             return self._failed(request, f"{function.name}: {why}.")
-        answer = answer_of(request.cell)
+        if request.answer is None:
+            request.answer = taken(request.cell)
+        answer = request.answer
         if answer is None:
             return self._failed(request, f"{function.name}: it ended without an answer.")
         if "error" in answer:
@@ -333,10 +342,14 @@ class Scope:
         )
 
 
-def answer_of(cell: Cell) -> dict[str, Any] | None:
-    """What tool_packs.scoped showed at the end of the call: {"value": …} or {"error": …}."""
-    for output in reversed(cell.data["outputs"]):
-        found = output.get("data", {}).get(MIME)
-        if isinstance(found, dict):
+def taken(cell: Cell) -> dict[str, Any] | None:
+    """What tool_packs.scoped showed at the end of the call; a large one does not stay in the notebook."""
+    outputs = cell.data["outputs"]
+    for at in reversed(range(len(outputs))):
+        data = outputs[at].get("data", {})
+        if isinstance(found := data.get(MIME), dict):
+            if (size := len(json.dumps(found))) > INLINE:
+                lean = {**outputs[at], "data": {**data, MIME: {"left_out": size}}}
+                cell.put_outputs([*outputs[:at], lean, *outputs[at + 1 :]])
             return found
     return None

@@ -64,7 +64,9 @@ class Scoped:
         raise AssertionError(f"{len(set(numbers) - told.keys())} requests were not answered")
 
     def notebook(self) -> Path:
-        return max((self.file.parent / "outputs").glob("*/*.ipynb"), key=lambda p: p.stat().st_mtime)
+        return max(
+            (self.file.parent / "outputs").glob("*/*.ipynb"), key=lambda p: p.stat().st_mtime
+        )
 
     def leaks(self) -> list[str]:
         """Lines of the server that hold what no client may learn."""

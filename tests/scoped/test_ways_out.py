@@ -19,7 +19,10 @@ from seer_mcp.tools import build_tools
 from ..faults.ground import raw_text
 from .conftest import Scoped
 
-OFFERED = {"add", "embed", "cosine", "remember", "echo", "fail", "zeros"} | {"read_result", "cancel_call"}
+OFFERED = {"add", "embed", "cosine", "remember", "echo", "fail", "zeros"} | {
+    "read_result",
+    "cancel_call",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +90,9 @@ def test_04_what_the_file_does_not_expose_cannot_be_called(scoped: Scoped) -> No
         assert "No tool" in scoped.no(name, code=code(scoped))
 
 
-def test_05_tools_of_the_unscoped_server_are_not_there(scoped: Scoped, tmp_path_factory: object) -> None:
+def test_05_tools_of_the_unscoped_server_are_not_there(
+    scoped: Scoped, tmp_path_factory: object
+) -> None:
     folder = scoped.file.parent
     others = build_tools(Register(Config(folder, folder, folder, folder), Packs([])))
     assert len(others) >= 20
@@ -152,7 +157,11 @@ def test_10_pickles_are_texts(scoped: Scoped) -> None:
             return exec, (code(scoped),)
 
     packed = base64.b64encode(pickle.dumps(Bomb())).decode()
-    for text in (packed, f"data:application/x-pickle;base64,{packed}", pickle.dumps(Bomb(), 0).decode()):
+    for text in (
+        packed,
+        f"data:application/x-pickle;base64,{packed}",
+        pickle.dumps(Bomb(), 0).decode(),
+    ):
         assert scoped.ok("echo", value=text) == repr(text)
     marked = {"py/reduce": code(scoped), "$type": "pickle", "__reduce__": packed}
     assert scoped.ok("echo", value=marked) == repr(marked)
@@ -161,7 +170,7 @@ def test_10_pickles_are_texts(scoped: Scoped) -> None:
 def test_11_names_that_only_look_alike_are_others(scoped: Scoped) -> None:
     for name in ("ａdd", "add\u200b", "аdd", "\u202eadd", "ADD", " add", "add\n", "add\0", ""):
         assert "No tool" in scoped.no(name, a=1)
-    assert "has no parameter" in scoped.no("add", **{"а": 1})
+    assert "has no parameter" in scoped.no("add", а=1)
 
 
 def test_12_texts_that_are_no_texts_are_refused_and_odd_ones_arrive(scoped: Scoped) -> None:
@@ -181,7 +190,14 @@ def test_13_too_much_is_refused_with_a_sentence(scoped: Scoped) -> None:
 
 
 def test_14_a_path_as_a_name_leads_nowhere(scoped: Scoped) -> None:
-    for name in ("../add", "add/../hidden", "file:///etc/passwd", "seer://methodology", "/bin/sh", ".."):
+    for name in (
+        "../add",
+        "add/../hidden",
+        "file:///etc/passwd",
+        "seer://methodology",
+        "/bin/sh",
+        "..",
+    ):
         assert "No tool" in scoped.no(name, a=1)
     for call in ("../outputs", "c" + "0" * 16 + "/..", "*", "c" * 17, ""):
         assert scoped.no("read_result", call=call)
@@ -246,7 +262,9 @@ def test_19_a_file_that_is_changed_later_changes_nothing(scoped: Scoped) -> None
     try:
         assert scoped.ok("add", a=3, b=1) == 4
         assert "No tool" in scoped.no("hidden", code=code(scoped))
-        assert "died" in scoped.no("fail", how="die")  # the next sandbox runs what was read at the start
+        assert "died" in scoped.no(
+            "fail", how="die"
+        )  # the next sandbox runs what was read at the start
         assert scoped.ok("add", a=3, b=1) == 4
         assert "No tool" in scoped.no("hidden", code=code(scoped))
     finally:
@@ -254,7 +272,9 @@ def test_19_a_file_that_is_changed_later_changes_nothing(scoped: Scoped) -> None
 
 
 def test_20_an_error_is_a_sentence_without_source_or_path(scoped: Scoped) -> None:
-    said = {how: scoped.no("fail", how=how) for how in ("file", "source", "lines", "object", "type")}
+    said = {
+        how: scoped.no("fail", how=how) for how in ("file", "source", "lines", "object", "type")
+    }
     assert said["file"] == "FileNotFoundError: [Errno 2] No such file or directory: '(a path)'"
     assert said["source"] == "ValueError: failed at (a path)"
     assert said["lines"] == "RuntimeError: first line"
@@ -264,7 +284,9 @@ def test_20_an_error_is_a_sentence_without_source_or_path(scoped: Scoped) -> Non
     assert "nested deeper" in scoped.no("fail", how="cycle")
     assert scoped.no("fail", how="?") == "KeyError: '?'"
     assert "Error" in scoped.no("cosine", a=vector(1, 2, 3), b=vector(1, 2))
-    source = "".join("".join(c["source"]) for c in json.loads(scoped.notebook().read_text())["cells"])
+    source = "".join(
+        "".join(c["source"]) for c in json.loads(scoped.notebook().read_text())["cells"]
+    )
     assert "def hidden" in source  # it is the operator who sees it
 
 
@@ -329,6 +351,13 @@ def test_27_an_answer_names_no_sandbox_and_no_notebook(scoped: Scoped) -> None:
 def test_28_json_that_is_none_does_not_end_the_server(scoped: Scoped) -> None:
     pipe = scoped.server.process.stdin
     assert pipe is not None
-    for line in (b"{", b"[]", b"\xff\xfe", b"null", b'{"jsonrpc":"2.0","id":1e400}', b"[" * 100_000):
+    for line in (
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b"null",
+        b'{"jsonrpc":"2.0","id":1e400}',
+        b"[" * 100_000,
+    ):
         pipe.write(line + b"\n")
     pipe.flush()
