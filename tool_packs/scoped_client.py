@@ -11,11 +11,13 @@ import json
 import os
 import secrets
 import time
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from .errors import PackError
-from .scoped import DTYPES, decoded, encoded
+from .scoped import DTYPES, NOT_FINITE, decoded, encoded
 
 __all__ = ["ScopedError", "ScopedSilent", "ask"]
 
@@ -35,9 +37,18 @@ class ScopedSilent(ScopedError):
 
 
 def ask(
-    folder: Path, scope: str, function: str, arguments: dict[str, Any], *, torch: bool = False
+    folder: Path,
+    scope: str,
+    function: str,
+    arguments: dict[str, Any],
+    *,
+    torch: bool,
+    numeric: bool,
 ) -> Any:
-    """Call a function of a scoped sandbox and wait for what it returns. Arrays come as numpy, or as torch.
+    """Call a function of a scoped sandbox and wait for what it returns.
+
+    Arrays come as numpy; with `torch` as tensors, where torch is installed. `numeric`: a
+    text "NaN" or "Infinity" is a number, because the function returns no texts.
 
     Raises ScopedError.
     """
@@ -59,9 +70,11 @@ def ask(
     finally:
         question.unlink(missing_ok=True)
         reply.unlink(missing_ok=True)
+    if note := answer.get("note"):
+        warnings.warn(str(note), stacklevel=3)
     if "error" in answer:
         raise ScopedError(str(answer["error"]))
-    return with_arrays(answer.get("value"), torch)
+    return restored(answer.get("value"), torch, numeric)
 
 
 def _show(said: dict[str, str]) -> None:
@@ -90,16 +103,18 @@ def _answer(reply: Path) -> dict[str, Any]:
     )
 
 
-def with_arrays(value: Any, torch: bool) -> Any:
-    """Data with its arrays made whole."""
+def restored(value: Any, torch: bool, numeric: bool) -> Any:
+    """Data with its arrays and numbers made whole."""
     if isinstance(value, list):
-        return [with_arrays(held, torch) for held in value]
+        return [restored(held, torch, numeric) for held in value]
+    if numeric and isinstance(value, str) and value in NOT_FINITE:
+        return float(value)
     if not isinstance(value, dict):
         return value
     if value.keys() == {"shape", "dtype", "data"} and value["dtype"] in DTYPES:
-        if torch:
+        if torch and find_spec("torch"):
             from torch import Tensor as kind
         else:
             from numpy import ndarray as kind
         return decoded(value, kind)
-    return {name: with_arrays(held, torch) for name, held in value.items()}
+    return {name: restored(held, torch, numeric) for name, held in value.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .kinds import Choice, Fixed, Items, Kind, Named, Number, OneOf, Text
 from .reading import Exposed, Interface
 
 HEAD = """\
@@ -21,7 +22,7 @@ FUNCTION = """
 
 def {function.name}{function.signature}:
     {function.description!r}
-    return _ask(_FOLDER, {module!r}, {function.name!r}, {{{given}}}, torch={torch})
+    return _ask(_FOLDER, {module!r}, {function.name!r}, {{{given}}}, torch={torch}, numeric={numeric})
 """
 
 
@@ -38,7 +39,21 @@ def module_source(name: str, interface: Interface) -> str:
 def _function(module: str, function: Exposed) -> str:
     given = ", ".join(f"{p.name!r}: {p.name}" for p in function.parameters)
     torch = "Tensor" in function.signature.partition(" -> ")[2]
-    return FUNCTION.format(function=function, module=module, given=given, torch=torch)
+    numeric = _holds(function.returns, Number) and not _holds(function.returns, Text, Choice)
+    return FUNCTION.format(
+        function=function, module=module, given=given, torch=torch, numeric=numeric
+    )
+
+
+def _holds(kind: Kind, *of: type) -> bool:
+    """Whether such a kind is somewhere in it."""
+    if isinstance(kind, of):
+        return True
+    if isinstance(kind, Items | Named):
+        return _holds(kind.each, *of)
+    if isinstance(kind, Fixed):
+        return any(_holds(each, *of) for each in kind.each)
+    return isinstance(kind, OneOf) and any(_holds(each, *of) for each in kind.kinds)
 
 
 def told(name: str, interface: Interface) -> str:

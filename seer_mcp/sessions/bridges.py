@@ -28,7 +28,7 @@ class Bridges:
     def __init__(self, register: Register) -> None:
         self._register = register
         self._scopes: dict[str, dict[str, Scope]] = {}
-        self._requests: dict[tuple[str, str], Request | None] = {}
+        self._requests: dict[tuple[str, str], tuple[Scope, Request] | None] = {}
         """What is under way, by sandbox and number; None before it is called."""
         self._work: set[asyncio.Task[None]] = set()
         register.asked(self._asked, self._ended)
@@ -59,14 +59,11 @@ class Bridges:
             if (key := (session.handle, number)) not in self._requests:
                 self._requests[key] = None
                 self._own(self._answer(session, number))
-        elif isinstance(cancelled, str):
-            request = self._requests.get((session.handle, cancelled))
-            if request is not None:
-                self._own(self._cancel(session, request))
-
-    async def _cancel(self, session: Session, request: Request) -> None:
-        scope = next(s for s in self._scopes[session.handle].values() if s.holds(request))
-        await scope.cancel(request)
+        elif isinstance(cancelled, str) and (
+            under_way := self._requests.get((session.handle, cancelled))
+        ):
+            scope, request = under_way
+            scope.abandon(request)
 
     async def _answer(self, session: Session, number: str) -> None:
         key = (session.handle, number)
@@ -79,9 +76,8 @@ class Bridges:
                 outcome = await self._called(session, number, asked)
             except SeerError as error:
                 outcome = Outcome("failed", error=str(error))
-            told = (
-                {"error": outcome.error} if outcome.state == "failed" else {"value": outcome.value}
-            )
+            told = {"error": outcome.error} if outcome.error else {"value": outcome.value}
+            told |= {"note": outcome.note} if outcome.note else {}
             await self._tell(session, number, told)
         except SeerError:
             return  # the asking sandbox is gone, or cannot be reached: its kernel gives up by itself
@@ -115,7 +111,7 @@ class Bridges:
                 break
             except ScopeStarting:
                 await self._tell(session, number, {"running": "starting"})
-        self._requests[session.handle, number] = request
+        self._requests[session.handle, number] = scope, request
         try:
             while (outcome := await scope.wait(request, SIGN_SECONDS, _unheard)).state == "running":
                 await self._tell(session, number, {"running": request.run.state})

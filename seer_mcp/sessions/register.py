@@ -40,8 +40,16 @@ from .sweep import sweep
 UNWANTED_SECONDS = 60.0  # after which a notebook of an ended sandbox is not held any more
 METER_SECONDS = 15.0  # between two looks at what was spent
 SWEEP_SECONDS = 60.0  # between two tries to ask what runs
+SCOPED = "scope:"  # how owners of scoped sandboxes begin; no user is called so
 BILLED = "modal"  # the backend that costs money, and its folder under the state folder
 NOTED_SECONDS = 300.0  # and two notes of it
+
+
+def behind(session: Session) -> str:
+    """A scoped sandbox in a line: what it is for, and what it costs."""
+    cost = f"; {session.meter.so_far()}" if session.meter is not None else ""
+    whose = session.owner.removeprefix(SCOPED)
+    return f"{session.handle}: {session.backend_name}, scoped, for {whose}; it ends with that{cost}"
 
 
 def make_folders(config: Config) -> None:
@@ -290,6 +298,11 @@ class Register:
         notes += [str(unsure) for its, unsure in self._held.ending.values() if its == owner]
         notes += self._spending(owner)
         mine = [s for s in self._held.sessions.values() if s.owner == owner]
+        notes += [
+            behind(s)
+            for s in self._held.live
+            if s.owner.startswith(SCOPED) and not self.config.team
+        ]
         return sorted(mine, key=lambda s: s.created), notes
 
     async def all_found(self) -> list[str]:

@@ -29,7 +29,6 @@ OF_ONE = 16  # of one owner
 KEPT = 256  # calls whose results can be read again
 KEPT_CELLS = 1000  # calls in the notebook; the audit file has all
 AGAIN_SECONDS = 20.0  # after a start that failed
-CANCEL_SECONDS = 30.0
 ANEW = "NOTE: the sandbox had ended and was started anew: what earlier calls left in it is gone."
 ENDS = {
     "interrupted": "it was cancelled",
@@ -294,17 +293,20 @@ class Scope:
                 ) from error
         return self.outcome(request)
 
-    def holds(self, request: Request) -> bool:
-        return request.id in self._requests
-
     def forget(self, request: Request) -> None:
         """Its result was passed on."""
         self._requests.pop(request.id, None)
 
     def abandon(self, request: Request) -> None:
-        """Its caller is gone and was never told its id: it is cancelled."""
+        """Nobody waits for it any more: it is cancelled."""
         if not request.over:
-            self._own(self.cancel(request))
+            self._own(self._abandoned(request))
+
+    async def _abandoned(self, request: Request) -> None:
+        try:
+            await self.cancel(request)
+        except ScopeUnavailable:
+            return  # it is in the log, and its sandbox cannot be reached
 
     def outcome(self, request: Request) -> Outcome:
         run, function = request.run, request.function

@@ -472,8 +472,8 @@ class Session:
 
     def _fold(self, event: Event) -> None:
         kind = event["type"]
-        if kind == "display" and (asked := event["data"].get(ASKED)) is not None:
-            self.on_asked(self, asked)
+        if kind == "display" and ASKED in event["data"]:
+            self.on_asked(self, event["data"][ASKED])
             event = {
                 "n": event["n"],
                 "type": "asked",
