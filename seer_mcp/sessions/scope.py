@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..environment import Investigation
-from ..errors import BadInput, Conflict, NotFound, ScopeStarting, ScopeUnavailable, SeerError, show
+from ..errors import BadInput, Conflict, NotFound, ScopeStarting, ScopeUnavailable, SeerError
 from ..interface import Exposed, Interface
 from ..notebook import Cell
 from .register import Register
@@ -156,10 +156,10 @@ class Scope:
             for run in session.opening:
                 await run.over.wait()
             if bad := next((run for run in session.opening if run.state != "complete"), None):
-                said = "\n".join(p.text for p in session.notebook.cell(bad.subject).pieces())
+                why = f" ({bad.why})" if bad.why else ""
                 raise SeerError(
-                    f"{self.interface.path.name} could not be run: a cell of {session.notebook.path} ended "
-                    f"with {bad.state}{f' ({bad.why})' if bad.why else ''}: {said[-4000:]}"
+                    f"{self.interface.path.name} could not be run: cell {bad.subject} of "
+                    f"{session.notebook.path} ended with {bad.state}{why}; the notebook has its output."
                 )
         except BaseException:
             self._own(self._end(session, "its interface did not start"))
@@ -338,9 +338,9 @@ class Scope:
         task.add_done_callback(self._work.discard)
 
     def _log(self, event: str, why: str) -> None:
-        name = self.interface.path.name
+        first = why.partition("\n")[0]  # what follows could be output
         self._register.observer.log.write(
-            event, logging.WARNING, interface=name, why=show(why, 6000)
+            event, logging.WARNING, interface=self.interface.path.name, why=first[:600]
         )
 
 

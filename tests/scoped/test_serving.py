@@ -104,7 +104,7 @@ async def test_a_long_call_is_read_later_by_its_owner_and_can_be_cancelled(place
 
 
 async def test_a_file_that_fails_in_its_sandbox_is_told_to_the_operator_alone(
-    place: Ground, capfd: pytest.CaptureFixture[str]
+    place: Ground,
 ) -> None:
     file = place.project / "broken.py"
     file.write_text(
@@ -118,7 +118,9 @@ async def test_a_file_that_fails_in_its_sandbox_is_told_to_the_operator_alone(
             assert result.is_error and "did not start" in text_of(result)
             assert "marmot" not in text_of(result)
     logs = "".join(p.read_text() for p in (place.folder / "state" / "logs").iterdir())
-    assert "scope_not_started" in logs and "the-marmot" in logs
+    assert "scope_not_started" in logs and "the-marmot" not in logs
+    (notebook,) = place.project.glob("outputs/broken/*.ipynb")
+    assert str(notebook) in logs and "ValueError: the-marmot" in notebook.read_text()
     await until(lambda: not place.processes())
 
 
