@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,17 @@ def test_a_file_that_cannot_be_served_is_refused_with_a_sentence(source: str, sa
     with pytest.raises(InterfaceRefused) as caught:
         parsed(source)
     assert said in str(caught.value)
+
+
+def test_the_interface_of_the_docs_can_be_served(tmp_path: Path) -> None:
+    page = (HERE.parent.parent / "docs" / "scoped.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    settings, _ = re.findall(r"```toml\n(.*?)```", page, re.S)
+    (tmp_path / "target.py").write_text(source)
+    (tmp_path / "target.toml").write_text(settings)
+    found = read_scope(tmp_path / "target.py")
+    assert found.interface is not None and list(found.interface.functions) == ["embed"]
+    assert found.sandbox.gpu == "L40S"
 
 
 def test_reading_runs_nothing(tmp_path: Path) -> None:
