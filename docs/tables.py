@@ -34,13 +34,16 @@ def all_tools() -> list[Tool]:
     return build_tools(Register(Config(nowhere, nowhere, nowhere, nowhere), Packs([BUILTIN_PACKS])))
 
 
+def first_sentence(tool: Tool) -> str:
+    return re.split(r"(?<=\.)\s", tool.description, maxsplit=1)[0].rstrip(".")
+
+
 def tools_table() -> str:
     rows = ["| tool | what it does | arguments |", "| --- | --- | --- |"]
     for tool in all_tools():
         needed = tool.parameters.get("required", [])
         names = [f"**{n}**" if n in needed else n for n in tool.parameters["properties"]]
-        first = re.split(r"(?<=\.)\s", tool.description, maxsplit=1)[0].rstrip(".")
-        rows.append(f"| `{tool.name}` | {first} | {', '.join(names)} |")
+        rows.append(f"| `{tool.name}` | {first_sentence(tool)} | {', '.join(names)} |")
     return "\n".join(rows)
 
 

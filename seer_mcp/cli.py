@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import __version__
+from .clients import add_install, run_install
 from .cloud_models import run_cloud_models
 from .config import Config, from_environment
 from .environment import read_scope, schema
@@ -130,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
     add_scope(stdio)
     add_serve(commands, common)
     add_watch(commands, common)
+    add_install(commands)
     demo = commands.add_parser(
         "demo", help="find a planted belief in a shipped model, with its control"
     )
@@ -245,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "stdio",
         "serve",
         "watch",
+        "install",
         "demo",
         "doctor",
         "models",
@@ -259,6 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or (given[0] not in known and given[0].startswith("-")):
         given.insert(0, "stdio")
     flags = parser().parse_args(given)
+    for name in ("MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET"):
+        if os.environ.get(name) == "":  # a client's empty setting, which would hide ~/.modal.toml
+            del os.environ[name]
     try:
         if flags.command == "demo":
             from .demo import run_demo
@@ -267,6 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.command == "schema":
             print(json.dumps(schema(), indent=1))
             return 0
+        if flags.command == "install":
+            return run_install(flags, os.environ)
         config = config_of(flags)
         log_to_stderr(flags.log_level, config.redactor)
         arm_faults(config.fault)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "seer_mcp"
 # Rooms by floor, the top first. A room is a module of seer_mcp, or a folder of it.
 FLOORS = [
     ["cli", "__main__"],
-    ["cloud_models", "demo", "doctor", "sandboxes", "serve", "watching"],
+    ["clients", "cloud_models", "demo", "doctor", "sandboxes", "serve", "watching"],
     ["http"],
     ["scoped"],
     ["server", "watch"],

@@ -40,6 +40,20 @@ def test_a_number_or_address_that_makes_no_sense_is_refused(
     assert said in refused(tmp_path, *arguments)
 
 
+def test_an_empty_setting_of_a_client_does_not_hide_the_token_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / ".modal.toml").write_text("[default]\ntoken_id = 'a'\ntoken_secret = 'b'\n")
+    empty = {"MODAL_TOKEN_ID": "", "MODAL_TOKEN_SECRET": "", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "seer_mcp.cli", "doctor", "--only", "modal"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **empty},
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert done.returncode == 0 and f"a token is in {tmp_path / '.modal.toml'}" in done.stdout
+
+
 def test_a_state_folder_that_cannot_be_used_is_said_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "real").mkdir()

@@ -18,12 +18,25 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 sys.path.insert(0, str(ROOT / "docs"))
 
-import tables  # noqa: E402 (a script of docs/, which is no package)
+import clients  # noqa: E402 (scripts of docs/, which is no package)
+import tables  # noqa: E402
 
 
 @pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
 def test_the_tables_are_those_of_the_code(page: Path) -> None:
     assert tables.filled(page) == page.read_text(), "run: uv run python docs/tables.py"
+
+
+@pytest.mark.parametrize(
+    "path", clients.files(), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_what_clients_are_added_by_is_that_of_the_code(path: Path) -> None:
+    assert clients.files()[path] == path.read_text(), "run: uv run python docs/clients.py"
+
+
+def test_no_command_is_left_of_an_investigation_that_is_gone() -> None:
+    there = set((ROOT / ".clients" / "claude-code" / "commands").iterdir())
+    assert there <= clients.files().keys()
 
 
 def test_the_first_block_of_the_readme_holds_the_two_commands() -> None:

@@ -103,6 +103,10 @@ def _beginnings(m: Model, batch: Batch, cut: int, steer: Steering, spans: Spans)
     with editing(m, [steer[b] for b in first.values()] if steer else (), _of(spans, first)):
         step_logits(m, ids, torch.ones_like(ids), positions, cache)
     source = torch.tensor([distinct.index(key) for key in keys], device=device)  # [B]
+    if not any(batch.pad):  # nothing moves
+        for layer in cache.layers:
+            layer.keys, layer.values = (_repeated(x, source) for x in (layer.keys, layer.values))
+        return cache
     pad = torch.tensor(batch.pad, device=device)[:, None]
     columns = (torch.arange(cut, device=device) - pad).clamp(min=0)  # [B, cut], 0 under padding
     for layer in cache.layers:
@@ -113,6 +117,13 @@ def _beginnings(m: Model, batch: Batch, cut: int, steer: Steering, spans: Spans)
 
 def _of(spans: Spans, first: dict[Hashable, int]) -> Spans:
     return [spans[b] for b in first.values()] if spans else ()
+
+
+def _repeated(states: Tensor, source: Tensor) -> Tensor:
+    """[U, heads, cut, d] -> [B, heads, cut, d]: row b is row source[b]; one row is not copied."""
+    if len(states) == 1:
+        return states.expand(len(source), -1, -1, -1)
+    return states[source.to(states.device)]
 
 
 def _shifted(states: Tensor, source: Tensor, columns: Tensor) -> Tensor:

@@ -286,7 +286,12 @@ class LocalBackend:
                 log = sandbox.log()
                 why = f"the kernel host ended at once under {python}"
                 if "No module named" in log:
-                    why += "; that interpreter needs ipykernel and jupyter_client (pip install ipykernel)"
+                    why += "; that interpreter needs ipykernel and jupyter_client: " + (
+                        'install the server as "seer-mcp[local]" (uvx "seer-mcp[local]"), or name another '
+                        "interpreter with --python"
+                        if python == sys.executable
+                        else "pip install ipykernel there"
+                    )
                 raise SandboxStartFailed(why, log)
             try:
                 _, writer = await sandbox.dial()

@@ -1,5 +1,7 @@
 """What only a CUDA device can show: uv run pytest -m gpu"""
 
+import sys
+
 import pytest
 import torch
 
@@ -27,6 +29,17 @@ def test_adapters_switch_on_the_device():
     with m.base():
         off = capture(m, TEXTS)["resid_post"]
     assert not torch.equal(on, off)
+
+
+def test_techniques_are_timed_on_a_billion_parameters(capsys: pytest.CaptureFixture[str]):
+    """Each way gives the same numbers (bfloat16) and the figures are printed: uv run pytest -m gpu -s"""
+    from benchmarks.subject import LARGE
+    from benchmarks.techniques import measure, page
+
+    m, rows = measure(LARGE, rounds=3)
+    assert sum(p.numel() for p in m.hf.parameters()) >= 1e9
+    with capsys.disabled():
+        sys.stdout.write(page(m, rows, torch.cuda.get_device_name()))
 
 
 @pytest.mark.parametrize("kind", ["4bit", "8bit"])
