@@ -15,7 +15,7 @@ from . import __version__
 from .clients import add_install, run_install
 from .cloud_models import run_cloud_models
 from .config import Config, from_environment
-from .environment import schema
+from .environment import read_scope, schema
 from .errors import BadInput, SeerError
 from .flags import above_zero, count
 from .grading import kept
@@ -24,7 +24,7 @@ from .logs import log_to_stderr
 from .model_store.command import add_models, run_models
 from .own_packs import add_packs, begin_pack, check_packs
 from .sandboxes import add_sandboxes, run_sandboxes
-from .serve import add_serve, add_watch, run_token
+from .serve import add_scope, add_serve, add_watch, run_token
 from .sessions import make_folders
 
 
@@ -126,9 +126,10 @@ def parser() -> argparse.ArgumentParser:
         help="what all sandboxes together may cost: '$20 a day', '600 GPU-minutes a month'; may be given twice",
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser(
+    stdio = commands.add_parser(
         "stdio", parents=[common], help="serve one client over stdin and stdout (the default)"
     )
+    add_scope(stdio)
     add_serve(commands, common)
     add_watch(commands, common)
     add_install(commands)
@@ -305,10 +306,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return run_serve(flags, config)
         else:
-            from .server import serve_stdio
+            from .server import build_server, serve_stdio
 
             make_folders(config)  # a client shows one sentence rather than a traceback
-            asyncio.run(serve_stdio(config))
+            if flags.scope is None:
+                asyncio.run(serve_stdio(build_server(config)))
+            else:
+                from .scoped import build_scoped_server
+
+                found = read_scope(Path(flags.scope))
+                asyncio.run(serve_stdio(build_scoped_server(config, found)))
     except (SeerError, OSError) as error:
         print(f"seer-mcp: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,9 @@ SeerError
 │   ├── SandboxLost          it is gone
 │   └── SandboxStartFailed
 ├── InvestigationRefused   an investigation.toml that cannot be used
+│   └── InterfaceRefused   an interface file that cannot be served
+├── ScopeUnavailable    the sandbox of an interface cannot answer; nothing of it is told
+│   └── ScopeStarting   not yet
 ├── ModelUnavailable    a model of the hub that could not be fetched
 ├── NotebookUnreadable  the file is not a notebook that can be opened without losing something
 ├── NotebookNotSaved    the disk refused the document (nothing is lost: the journal has it)
@@ -167,6 +170,21 @@ class InvestigationRefused(SeerError):
         end = "" if listed.endswith((".", "?")) else "."
         super().__init__(f"{path} cannot be used: {listed}{end}")
         self.problems = tuple(problems)
+
+
+class InterfaceRefused(InvestigationRefused):
+    """Each of `problems` names a function of the file and what must be changed."""
+
+
+class ScopeUnavailable(SeerError):
+    """For clients that may know nothing of the sandbox: what they can do, and never why."""
+
+
+class ScopeStarting(ScopeUnavailable):
+    def __init__(self) -> None:
+        super().__init__(
+            "The sandbox behind these functions is still starting. Nothing was called; call again in a moment."
+        )
 
 
 class NotebookUnreadable(SeerError):

@@ -56,6 +56,12 @@ def would_hide(name: str) -> bool:
     return name in _TAKEN
 
 
+def importable(name: str) -> bool:
+    """Whether a module can be called so without hiding another."""
+    plain = name.isascii() and name.isidentifier() and not name.startswith("_")
+    return plain and not keyword.iskeyword(name) and not would_hide(name)
+
+
 @dataclass(frozen=True)
 class Technique:
     """A public function or class of a pack. A section that its docstring lacks is ""."""

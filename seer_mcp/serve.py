@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config
+from .environment import read_scope
 from .errors import BadInput
 from .flags import above_one, above_zero, port
 from .money import parse_allowance
@@ -22,10 +23,20 @@ from .sessions import make_folders
 TOKENS = "tokens.json"
 
 
+def add_scope(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--scope",
+        metavar="FILE",
+        help="offer only the functions that this Python file exposes (docs/scoped.md), or that a configuration names "
+        "as its interface",
+    )
+
+
 def add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
     serve = commands.add_parser(
         "serve", parents=[common], help="serve over HTTP: for yourself on loopback, or for a team"
     )
+    add_scope(serve)
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=port, default=8757)
     serve.add_argument(
@@ -142,6 +153,7 @@ def run_serve(flags: argparse.Namespace, config: Config) -> int:
     from .http.oidc import Issuer
     from .http.serving import LOOPBACK
 
+    scope = None if flags.scope is None else read_scope(Path(flags.scope))
     if (flags.tls_cert is None) != (flags.tls_key is None):
         raise BadInput("tls-cert", flags.tls_cert, "--tls-cert and --tls-key belong together")
     tls = (Path(flags.tls_cert), Path(flags.tls_key)) if flags.tls_cert else None
@@ -157,7 +169,8 @@ def run_serve(flags: argparse.Namespace, config: Config) -> int:
     if users is None and issuer is None:
         if flags.host not in LOOPBACK:
             Serving(flags.host, flags.port, token="-" * 20)  # refused, before a token is made
-        path = Path(flags.token_file) if flags.token_file else kept_token(config.state_dir)
+        name = "http-token" if scope is None else "scope-token"  # who has one has not the other
+        path = Path(flags.token_file) if flags.token_file else kept_token(config.state_dir, name)
     serving = Serving(
         host=flags.host,
         port=flags.port,
@@ -168,8 +181,9 @@ def run_serve(flags: argparse.Namespace, config: Config) -> int:
         tls=tls,
         behind_proxy=flags.behind_proxy,
         calls_a_minute=flags.calls_a_minute,
+        scope=scope,
     )
-    if serving.team:
+    if serving.team and scope is None:
         config = replace(
             config,
             team=True,
@@ -182,6 +196,8 @@ def run_serve(flags: argparse.Namespace, config: Config) -> int:
     if users is not None and not users.tokens():
         who = "nobody has a token yet: seer-mcp token create NAME makes one"
     make_folders(config)
+    if scope is not None and scope.interface is not None:
+        who += f"; it offers {', '.join(scope.interface.functions)} and nothing else"
     print(f"seer-mcp on {serving.resource}; {who}", file=sys.stderr)
     asyncio.run(serve_http(config, serving))
     return 0

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import anyio
@@ -44,7 +44,7 @@ from .kernel_host.fault import fault_point
 from .logs import drain_stderr
 from .packs import Packs
 from .redact import Redactor
-from .sessions import Register, Session
+from .sessions import Bridges, Register, Session
 from .tools import build_tools
 from .tools.seam import (
     argument_errors,
@@ -152,6 +152,10 @@ class SeerServer(MCPServer[None]):
             raise MCPError(INVALID_PARAMS, str(error)) from error
 
     @property
+    def ready(self) -> bool:
+        return self.register.ready
+
+    @property
     def tool_names(self) -> frozenset[str]:
         return frozenset(tool.name for tool in self._tool_manager.list_tools())
 
@@ -200,6 +204,7 @@ def build_server(
     packs = Packs([BUILTIN_PACKS, *config.packs])
     register = Register(config, packs)
     bus = OwnersBus(register)
+    bridges = Bridges(register)
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[None]) -> AsyncGenerator[None]:
@@ -208,6 +213,7 @@ def build_server(
             yield None
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(EXIT_SECONDS):
+                await bridges.close()
                 await register.close()
 
     server = SeerServer(
@@ -330,9 +336,16 @@ def add_notices(server: SeerServer, register: Register, bus: InMemorySubscriptio
     server.on_request("resources/unsubscribe", UnsubscribeRequestParams, unsubscribe)
 
 
-async def serve_stdio(config: Config) -> None:
+class Stdio(Protocol):
+    """A server that can be served over stdio."""
+
+    register: Register
+
+    async def run_stdio_async(self) -> None: ...
+
+
+async def serve_stdio(server: Stdio) -> None:
     """Serve one client over stdin and stdout until it closes them or a signal comes; then exit."""
-    server = build_server(config)
     async with anyio.create_task_group() as group:
 
         async def until_told() -> None:

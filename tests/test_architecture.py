@@ -17,13 +17,14 @@ FLOORS = [
     ["cli", "__main__"],
     ["clients", "own_packs", "cloud_models", "demo", "doctor", "sandboxes", "serve", "watching"],
     ["http"],
+    ["scoped"],
     ["server", "watch"],
     ["tools", "prompts"],
     ["sessions"],
     ["backends"],
     ["catalogue", "findings", "grading"],
     ["notebook", "kernel", "packs", "environment", "config", "model_store"],
-    ["ipynb", "observe"],
+    ["ipynb", "observe", "interface"],
     ["audit", "spend"],
     ["render"],
     ["outputs", "logs"],
@@ -42,7 +43,7 @@ FLOORS = [
     ],
 ]
 FLOOR = {room: number for number, rooms in enumerate(reversed(FLOORS)) for room in rooms}
-KNOW_MCP = {"tools", "prompts", "server", "http", "render", "cli", "demo"}
+KNOW_MCP = {"tools", "prompts", "server", "scoped", "http", "render", "cli", "demo"}
 
 
 def room_of(path: Path) -> str:

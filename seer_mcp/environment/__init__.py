@@ -1,7 +1,7 @@
 """Environments as code: what a sandbox is made of, and the investigation.toml that says so."""
 
 from .gpus import GPUS, parse_gpu
-from .investigation import BUILTIN_PACKS, Investigation, read_investigation
+from .investigation import BUILTIN_PACKS, Investigation, read_investigation, read_scope
 from .opening import hidden_name, opening_cells
 from .schema import schema
 from .shelf import Investigations, Shelf, Shelved
@@ -25,5 +25,6 @@ __all__ = [
     "opening_cells",
     "parse_gpu",
     "read_investigation",
+    "read_scope",
     "schema",
 ]

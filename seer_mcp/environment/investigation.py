@@ -10,15 +10,16 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from ..errors import InvestigationRefused, NotFound, PathRefused, nearest, show
+from ..errors import InterfaceRefused, InvestigationRefused, NotFound, PathRefused, nearest, show
 from ..files import NAME, RESERVED, resolve_inside
-from ..packs import Packs
+from ..interface import Interface, read_interface, told
+from ..packs import Packs, importable
 from .skills import Skill, SkillProblem, read_skill
 from .spec import ModelSpec, Repo, SandboxSettings, SandboxSpec, Strict
 
@@ -56,6 +57,12 @@ class InvestigationFile(Strict):
     grader: str = ""
     """A Python file, or a TOML file with a fact, a rubric or a judge's instructions, that scores what
     submit_findings is given. No sandbox gets it."""
+    interface: str = ""
+    """A Python file with exposed functions: this configuration is the inside of a scoped sandbox
+    (seer-mcp --scope)."""
+    scoped: dict[str, str] = Field(default_factory=dict[str, str])
+    """Functions of other sandboxes for the notebook: import name = an interface file, or a configuration that
+    names one."""
     sandbox: SandboxSettings = Field(default_factory=SandboxSettings)
     """The machine: [sandbox]."""
     models: tuple[ModelSpec, ...] = ()
@@ -82,6 +89,10 @@ class Investigation:
     setup: tuple[str, ...] = ()
     """The first cells of its notebook, after those that load the models."""
     skills: tuple[Skill, ...] = ()
+    interface: Interface | None = None
+    """The functions that are all that a client gets of it."""
+    scoped: dict[str, Investigation] = field(default_factory=dict[str, "Investigation"])
+    """What its notebook can import of other sandboxes, by name."""
 
     @property
     def models(self) -> tuple[ModelSpec, ...]:
@@ -95,6 +106,40 @@ def read_investigation(path: Path) -> Investigation:
         raise NotFound("investigation", str(path), then=f"Give a folder with an {FILE} in it.")
     parsed = _parsed(file)
     return _Resolver(file, parsed).investigation()
+
+
+def read_scope(path: Path) -> Investigation:
+    """What a scoped sandbox is made of: an interface file, or a configuration that names one.
+
+    The machine of NAME.py is that of NAME.toml beside it, or a local one without models. Raises
+    NotFound, InterfaceRefused or InvestigationRefused.
+    """
+    if path.suffix == ".py" and not path.with_suffix(".toml").is_file():
+        interface = read_interface(path)
+        name = re.sub(r"[^a-z0-9_-]+", "-", path.stem.lower()).strip("-_")[:40] or "scope"
+        return Investigation(
+            name,
+            "",
+            path.parent.resolve(),
+            SandboxSpec(),
+            (),
+            (),
+            interface.description,
+            None,
+            path.resolve(),
+            interface=interface,
+        )
+    file = path.with_suffix(".toml") if path.suffix == ".py" else path
+    found = read_investigation(file)
+    if found.interface is None:
+        raise InvestigationRefused(
+            str(found.file), ['it names no interface; write interface = "FILE.py" above [sandbox]']
+        )
+    if path.suffix == ".py" and found.interface.path != path.resolve():
+        raise InvestigationRefused(
+            str(found.file), [f"its interface is {found.interface.path.name}, not {path.name}"]
+        )
+    return found
 
 
 def _parsed(file: Path) -> InvestigationFile:
@@ -227,6 +272,10 @@ class _Resolver:
         parsed = self._parsed
         name = self._name()
         grader = self._grader()
+        scoped = self._scoped()
+        inside = [
+            path for s in scoped.values() if s.interface for path in (s.file, s.interface.path)
+        ]
         kept_back = {
             file: why
             for file, why in (
@@ -235,6 +284,7 @@ class _Resolver:
                 *((other, "a configuration") for other in self._folder.glob("*.toml")),
                 (self._folder / SCRIPT, "the scripted investigator, which knows the answer"),
                 (self._folder / ".env", "values of secrets"),
+                *((path, "the inside of a scoped sandbox") for path in inside),
             )
             if file is not None
         }
@@ -254,7 +304,11 @@ class _Resolver:
             spec = SandboxSpec.model_validate({**settings, "files": files, "models": models})
         except ValidationError as error:
             self._problems += _sentences(error)
-        task = self._task()
+        interface = self._interface()
+        task = self._task() if interface is None else interface.description
+        task += "".join(
+            f"\n\n{told(name, s.interface)}" for name, s in scoped.items() if s.interface
+        )
         if self._problems or spec is None:
             raise InvestigationRefused(str(self._file), self._problems)
         return Investigation(
@@ -269,6 +323,8 @@ class _Resolver:
             self._file.resolve(),
             setup,
             skills,
+            interface,
+            scoped,
         )
 
     def _name(self) -> str:
@@ -316,6 +372,41 @@ class _Resolver:
             return ()
         cells = (cell.strip() for cell in _CELL.split(text))
         return tuple(cell for cell in cells if cell)
+
+    def _scoped(self) -> dict[str, Investigation]:
+        found: dict[str, Investigation] = {}
+        for name, value in self._parsed.scoped.items():
+            key = f"scoped.{name}"
+            path = self._inside(key, value)
+            if not importable(name):
+                self._problems.append(
+                    f"{key}: {show(name)} cannot be imported; choose another name"
+                )
+            elif f"{name}.py" in self._parsed.sandbox.files:
+                self._problems.append(f"{key}: sandbox.files has a {name}.py; choose another name")
+            elif path is None:
+                continue
+            elif path == self._file.resolve() or (
+                path.suffix == ".toml" and path.is_file() and _parsed(path).scoped
+            ):
+                self._problems.append(
+                    f"{key} = {show(value)}: it names scoped sandboxes of its own"
+                )
+            else:
+                try:
+                    found[name] = read_scope(path)
+                except (InvestigationRefused, NotFound) as error:
+                    self._problems.append(f"{key} = {show(value)}: {error}")
+        return found
+
+    def _interface(self) -> Interface | None:
+        if not (given := self._parsed.interface) or not (found := self._inside("interface", given)):
+            return None
+        try:
+            return read_interface(found)
+        except InterfaceRefused as error:
+            self._problems += [f"{found.name}: {problem}" for problem in error.problems]
+            return None
 
     def _skills(self, kept_back: dict[Path, str]) -> tuple[Skill, ...]:
         skills: dict[str, Skill] = {}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Literal
 
+from ..interface import Interface
 from .investigation import Investigation
 from .spec import ModelSpec
 
@@ -20,6 +21,15 @@ def opening_cells(found: Investigation) -> Iterator[Opening]:
         yield "code", model_cell(found.models)
     for source in found.setup:
         yield "code", source
+    if found.interface is not None:
+        yield "code", found.interface.source
+        yield "code", check_cell(found.interface)
+
+
+def check_cell(interface: Interface) -> str:
+    """Fails if what ran is not what was read."""
+    functions = {f.name: [p.name for p in f.parameters] for f in interface.functions.values()}
+    return f"import tool_packs.scoped as seer_scoped\n\nseer_scoped.check({json.dumps(functions)})"
 
 
 def model_cell(models: tuple[ModelSpec, ...]) -> str:

@@ -7,6 +7,7 @@ import hmac
 
 from mcp.server.auth.provider import AccessToken
 
+from ..scoped import CALL
 from ..tools.seam import LOCAL_OWNER
 from .oidc import Issuer
 from .serving import Serving
@@ -22,11 +23,12 @@ class Access:
         self._users: TokenFile | None = serving.users
         self._issuer: Issuer | None = serving.issuer
         self._resource = serving.resource
+        self._local = (CALL,) if serving.scope is not None else SCOPES[:4]
 
     async def verify_token(self, token: str) -> AccessToken | None:
         digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
         if self._one is not None and hmac.compare_digest(digest, self._one):
-            return self._made("local", LOCAL_OWNER, SCOPES, None)
+            return self._made("local", LOCAL_OWNER, self._local, None)
         if self._users is not None and (kept := self._users.find(token)) is not None:
             expires = None if kept.expires is None else int(kept.expires)
             return self._made(f"token {kept.id}", kept.user, kept.scopes, expires)

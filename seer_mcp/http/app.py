@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Route
 
 from ..config import Config
 from ..files import private_dir, write_atomic
+from ..scoped import ScopedServer, build_scoped_server
 from ..server import SeerServer, build_server
 from ..watch import Pages, ServerSource, Visitor, Visitors
 from .access import Access
@@ -32,9 +33,9 @@ HEAD_BYTES = 32 * 1024
 GRACE_SECONDS = 3
 
 
-def kept_token(state_dir: Path) -> Path:
+def kept_token(state_dir: Path, name: str = "http-token") -> Path:
     """The file with this installation's token, made at the first start (0600)."""
-    path = private_dir(state_dir) / "http-token"
+    path = private_dir(state_dir) / name
     if not path.exists():
         write_atomic(path, (secrets.token_urlsafe(32) + "\n").encode(), mode=0o600)
     return path
@@ -45,15 +46,15 @@ def build_app(config: Config, serving: Serving) -> Starlette:
     config.redactor.know({"MCP_TOKEN": serving.token.strip()})
     issuer = serving.issuer.url if serving.issuer else serving.url
     access = Access(serving)
-    server = build_server(
-        config,
-        token_verifier=access,
-        auth=AuthSettings(
-            issuer_url=AnyHttpUrl(issuer),
-            resource_server_url=AnyHttpUrl(serving.resource),
-            validate_token_resource=True,
-        ),
+    auth = AuthSettings(
+        issuer_url=AnyHttpUrl(issuer),
+        resource_server_url=AnyHttpUrl(serving.resource),
+        validate_token_resource=True,
     )
+    if serving.scope is None:
+        server = build_server(config, token_verifier=access, auth=auth)
+    else:
+        server = build_scoped_server(config, serving.scope, token_verifier=access, auth=auth)
     app = server.streamable_http_app(
         stateless_http=False,
         transport_security=TransportSecuritySettings(
@@ -69,19 +70,21 @@ def build_app(config: Config, serving: Serving) -> Starlette:
     app.add_middleware(
         SameHost, hosts=serving.names, origins=serving.origins, open_paths=OPEN_PATHS
     )
-    app.router.routes += [*health(server), metrics_of(server, metadata)]
-    if serving.pages:
-        app.router.routes.extend(pages_of(server, access, serving))
+    app.router.routes += health(server)
+    if isinstance(server, SeerServer):
+        app.router.routes.append(metrics_of(server, metadata))
+        if serving.pages:
+            app.router.routes.extend(pages_of(server, access, serving))
     app.state.seer = server
     return app
 
 
-def health(server: SeerServer) -> list[Route]:
+def health(server: SeerServer | ScopedServer) -> list[Route]:
     async def alive(request: Request) -> Response:
         return PlainTextResponse("ok")
 
     async def ready(request: Request) -> Response:
-        is_ready = server.register.ready
+        is_ready = server.ready
         return PlainTextResponse("ready" if is_ready else "starting", 200 if is_ready else 503)
 
     return [Route("/healthz", alive), Route("/readyz", ready)]

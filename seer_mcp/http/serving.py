@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ..environment import Investigation
 from ..errors import BadInput
 from .oidc import Issuer
 from .tokens import TokenFile
@@ -37,6 +38,8 @@ class Serving:
     """Requests that one owner may make in a minute."""
     pages: bool = True
     """Whether the watch page is served."""
+    scope: Investigation | None = None
+    """What is served, if that is the functions of an interface: then no pages and no figures."""
 
     def __post_init__(self) -> None:
         if self.token:

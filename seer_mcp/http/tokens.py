@@ -15,8 +15,9 @@ from typing import Any
 
 from ..errors import BadInput, Conflict, NotFound, SeerError
 from ..files import Lock, private_dir, write_json
+from ..scoped import CALL
 
-SCOPES = ("sandboxes:read", "sandboxes:write", "code:run", "admin")
+SCOPES = ("sandboxes:read", "sandboxes:write", "code:run", "admin", CALL)
 USER = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._@+-]{0,62}[A-Za-z0-9])?")
 TOKEN = re.compile(r"seer_([a-z0-9]{8})_[A-Za-z0-9_-]{43}")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"

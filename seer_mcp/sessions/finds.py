@@ -88,6 +88,9 @@ class Finds:
                 f"{folder.name}: its record cannot be used ({brief(error)}). `seer-mcp doctor --fix` writes it anew if "
                 f"the sandbox runs; else remove {folder}."
             )
+        if self._held.only not in (None, owner):
+            lock.release()
+            return None
         if held:
             self.elsewhere[handle] = owner
             return f"{folder.name}: {ELSEWHERE}"

@@ -28,10 +28,14 @@ T = TypeVar("T")
 
 
 class Holdings:
-    def __init__(self, config: Config, packs: Packs) -> None:
+    def __init__(self, config: Config, packs: Packs, only: str | None = None) -> None:
+        """`only`: the owner whose sandboxes are taken over from servers that are gone; None: everybody's."""
         self.config = config
+        self.only = only
         self.packs = packs
         self.on_change: Callable[[Session, str], None] = lambda session, cell: None
+        self.on_asked: Callable[[Session, Any], None] = lambda session, asked: None
+        self.on_ended: Callable[[Session], None] = lambda session: None
         self.sessions: dict[str, Session] = {}
         self.starting: dict[str, Starting] = {}
         """What is being started, and what failed to within the last hour."""
@@ -78,6 +82,7 @@ class Holdings:
             handle, name, owner, backend, document, folder, lock, created, self.config.redactor
         )
         session.on_change = lambda s, cell: self.on_change(s, cell)
+        session.on_asked = lambda s, asked: self.on_asked(s, asked)
         session.on_end = self._ended
         session.on_stopping = self._stopping
         session.on_run_begun = lambda s, run, code: self.observer.run_begun(s.facts(run), code)
@@ -158,6 +163,7 @@ class Holdings:
     def _ended(self, session: Session) -> None:
         """The record stays for a while, so that the handle can be asked about; the rest goes."""
         self.note("ended", session)
+        self.on_ended(session)
         if session.meter is not None:
             session.meter.note(closed=True)
         try:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..backends import Progress
 from ..config import Config
@@ -39,8 +40,16 @@ from .sweep import sweep
 UNWANTED_SECONDS = 60.0  # after which a notebook of an ended sandbox is not held any more
 METER_SECONDS = 15.0  # between two looks at what was spent
 SWEEP_SECONDS = 60.0  # between two tries to ask what runs
+SCOPED = "scope:"  # how owners of scoped sandboxes begin; no user is called so
 BILLED = "modal"  # the backend that costs money, and its folder under the state folder
 NOTED_SECONDS = 300.0  # and two notes of it
+
+
+def behind(session: Session) -> str:
+    """A scoped sandbox in a line: what it is for, and what it costs."""
+    cost = f"; {session.meter.so_far()}" if session.meter is not None else ""
+    whose = session.owner.removeprefix(SCOPED)
+    return f"{session.handle}: {session.backend_name}, scoped, for {whose}; it ends with that{cost}"
 
 
 def make_folders(config: Config) -> None:
@@ -54,12 +63,13 @@ def make_folders(config: Config) -> None:
 
 
 class Register:
-    def __init__(self, config: Config, packs: Packs) -> None:
+    def __init__(self, config: Config, packs: Packs, only: str | None = None) -> None:
+        """`only`: the owner whose sandboxes of earlier servers it takes over; None: everybody's."""
         self.config = config
         self.packs = packs
         self.shelf = Investigations(config.investigations)
         self.closed = asyncio.Event()
-        self._held = Holdings(config, packs)
+        self._held = Holdings(config, packs, only)
         self._starts = Starts(self._held)
         self._finds = Finds(self._held)
         self._first_scan: asyncio.Task[list[str]] | None = None
@@ -94,6 +104,12 @@ class Register:
     def heard(self, on_change: Callable[[Session, str], None]) -> None:
         """Call `on_change` for each change of a notebook, with the id of the cell."""
         self._held.on_change = on_change
+
+    def asked(
+        self, on_asked: Callable[[Session, Any], None], on_ended: Callable[[Session], None]
+    ) -> None:
+        """Call `on_asked` for what a notebook asks of its scoped sandboxes, `on_ended` when it has ended."""
+        self._held.on_asked, self._held.on_ended = on_asked, on_ended
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -138,13 +154,29 @@ class Register:
         Raises NotFound (with those that there are), PathRefused or InvestigationRefused.
         """
         if file := self.shelf.file(asked):
-            return read_investigation(file)
+            return self._to_start(read_investigation(file), asked, owner)
         home = self.config.home(owner)
         roots = [*home.roots, *self.config.investigations]
         path = resolve_inside("investigation", asked, home.base, roots)
         if not path.exists():
             raise self.shelf.unknown(asked)
-        return read_investigation(path)
+        return self._to_start(read_investigation(path), asked, owner)
+
+    def _to_start(self, found: Investigation, asked: str, owner: str) -> Investigation:
+        if found.interface is not None:
+            raise BadInput(
+                "investigation",
+                asked,
+                "it is the inside of a scoped sandbox: serve it with `seer-mcp --scope`, or name it under [scoped] of "
+                "an investigation",
+            )
+        if found.scoped and self.config.team:
+            raise BadInput(
+                "investigation",
+                asked,
+                "a team's server starts no scoped sandboxes for investigations",
+            )
+        return found
 
     def workspace(self, owner: str) -> tuple[Listing, tuple[Skill, ...]]:
         """All packs, and the skills, that the caller's running sandboxes have."""
@@ -266,6 +298,11 @@ class Register:
         notes += [str(unsure) for its, unsure in self._held.ending.values() if its == owner]
         notes += self._spending(owner)
         mine = [s for s in self._held.sessions.values() if s.owner == owner]
+        notes += [
+            behind(s)
+            for s in self._held.live
+            if s.owner.startswith(SCOPED) and not self.config.team
+        ]
         return sorted(mine, key=lambda s: s.created), notes
 
     async def all_found(self) -> list[str]:

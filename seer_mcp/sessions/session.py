@@ -48,6 +48,7 @@ FRESH_SECONDS = 0.05  # that a look waits for what was put out before it
 SAVE_AGAIN_SECONDS = 2.0
 INSIST_SECONDS = 60.0  # between two tries to end a machine
 FILE_PIECE = 2_000_000
+ASKED = "application/vnd.seer.asked+json"  # of tool_packs/scoped_client.py
 SLICE = 0.02  # seconds of folding after which other tasks get a turn
 
 
@@ -143,6 +144,8 @@ class Session:
         self.on_stopping: Callable[[Session], None] = lambda session: None
         self.on_run_begun: Callable[[Session, RunInfo, str], None] = lambda session, run, code: None
         self.on_run_over: Callable[[Session, RunInfo], None] = lambda session, run: None
+        self.on_asked: Callable[[Session, Any], None] = lambda session, asked: None
+        """Hears what the notebook asks of its scoped sandboxes, perhaps again after a restart."""
         self._redactor = redactor or Redactor()
         self._events = EventRedactor(self._redactor, self._fold)
         self._sandbox: Sandbox | None = None
@@ -469,6 +472,13 @@ class Session:
 
     def _fold(self, event: Event) -> None:
         kind = event["type"]
+        if kind == "display" and ASKED in event["data"]:
+            self.on_asked(self, event["data"][ASKED])
+            event = {
+                "n": event["n"],
+                "type": "asked",
+                "run": event.get("run"),
+            }  # the document has none of it
         self.notebook.fold(event)
         if kind == "kernel":
             self.kernel_state, self.kernel_how = event["state"], event.get("how", "")

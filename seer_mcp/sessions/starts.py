@@ -23,6 +23,7 @@ from ..errors import (
 )
 from ..files import Lock, checked_name, private_dir, resolve_inside, write_json
 from ..findings import record_path
+from ..interface import module_source
 from ..ipynb import read_notebook
 from ..kernel_host.fault import fault_point
 from ..model_store import ModelStore
@@ -298,6 +299,10 @@ class Starts:
 
     async def _open_with(self, session: Session, found: Investigation) -> None:
         """Begin the notebook with the task, and have the cells run that load models and set up."""
+        for name, scope in found.scoped.items():
+            assert scope.interface is not None
+            text = module_source(name, scope.interface)
+            await session.write_file(f"{name}.py", text.encode())
         cells = [session.notebook.insert(kind, source) for kind, source in opening_cells(found)]
         if code := [cell for cell in cells if cell.kind == "code"]:
             session.opening = await session.run_cells(code)
