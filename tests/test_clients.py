@@ -171,7 +171,7 @@ def test_a_link_into_somebodys_dotfiles_stays_a_link(tmp_path: Path, install: In
     assert (tmp_path / ".claude.json").is_symlink() and "seer" in real.read_text()
 
 
-@pytest.mark.parametrize("client", set(CLIENTS) - {"claude-desktop"})
+@pytest.mark.parametrize("client", sorted(set(CLIENTS) - {"claude-desktop"}))
 def test_the_settings_of_a_project(tmp_path: Path, install: Install, client: str) -> None:
     done = install(client, "--project")
     assert done.returncode == 0, done.stderr
