@@ -19,7 +19,7 @@ import stat
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -143,8 +143,12 @@ class Packs:
     module (`NAME.py` or `NAME/__init__.py`) is imported by its own.
     """
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(
+        self, folders: Sequence[Path], installed: Callable[[], Sequence[Path]] = tuple
+    ) -> None:
+        """`installed` gives the folders of packs that other packages bring, when it is first asked."""
         self._folders = [folder.absolute() for folder in folders]
+        self._installed = installed
         # For each module file: what it was when it was read, and what came of it.
         self._read: dict[Path, tuple[tuple[int, ...], Pack | str | None]] = {}
 
@@ -152,7 +156,7 @@ class Packs:
         """These, and those of further folders."""
         if not more:
             return self
-        both = Packs([*self._folders, *more])
+        both = Packs([*self._folders, *more], self._installed)
         both._read = self._read  # what was parsed is parsed for both
         return both
 
@@ -164,7 +168,7 @@ class Packs:
         found: dict[str, Pack] = {}
         problems: list[str] = []
         seen: set[Path] = set()
-        for index, folder in enumerate(self._folders):
+        for index, folder in enumerate([*self._folders, *self._installed()]):
             try:
                 real = folder.resolve()
                 package = _package(folder)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .backends import BACKENDS, open_backend
+from .backends import known_backends, open_backend
 from .config import Config
 from .errors import EndUnconfirmed, NotFound, SandboxUnreachable, SeerError
 from .files import Lock
@@ -49,9 +49,7 @@ def add_sandboxes(commands: Any, common: argparse.ArgumentParser) -> None:
     swept = verbs.add_parser(
         "sweep", parents=[common], help="end what runs although no record knows of it"
     )
-    swept.add_argument(
-        "--backend", choices=tuple(BACKENDS), action="append", help="ask only this one"
-    )
+    swept.add_argument("--backend", metavar="NAME", action="append", help="ask only this one")
     costs = verbs.add_parser(
         "costs", parents=[common], help="what sandboxes cost, for each owner and day"
     )
@@ -206,7 +204,7 @@ def used(config: Config) -> list[str]:
             found.add(str(read_record(folder)["backend"]))
         except (OSError, ValueError, KeyError):
             continue  # `list` and the doctor say so
-    return sorted(found & BACKENDS.keys())
+    return sorted(found & known_backends().keys())
 
 
 async def sweep_all(config: Config, backends: list[str]) -> int:

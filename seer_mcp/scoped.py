@@ -24,6 +24,7 @@ from .environment import Investigation
 from .errors import NotFound, SeerError
 from .interface import Exposed, Schema
 from .packs import Packs
+from .plugins import pack_folders
 from .server import BUILTIN_PACKS, EXIT_SECONDS, redact
 from .sessions import Outcome, Register, Request, Scope
 from .text import printable
@@ -227,7 +228,7 @@ def build_scoped_server(
     mine = scope_owner(found)
     register = Register(
         replace(config, on_exit="stop", team=False),
-        Packs([BUILTIN_PACKS, *config.packs]),
+        Packs([BUILTIN_PACKS, *config.packs], pack_folders),
         only=mine,
     )
     scope = Scope(register, found, mine)

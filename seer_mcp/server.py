@@ -43,6 +43,7 @@ from .errors import NotFound, Refused, SeerError
 from .kernel_host.fault import fault_point
 from .logs import drain_stderr
 from .packs import Packs
+from .plugins import pack_folders
 from .redact import Redactor
 from .sessions import Bridges, Register, Session
 from .tools import build_tools
@@ -201,7 +202,7 @@ def build_server(
     config: Config, *, token_verifier: TokenVerifier | None = None, auth: AuthSettings | None = None
 ) -> SeerServer:
     """The whole server for one Config; runs over stdio, HTTP, or in memory."""
-    packs = Packs([BUILTIN_PACKS, *config.packs])
+    packs = Packs([BUILTIN_PACKS, *config.packs], pack_folders)
     register = Register(config, packs)
     bus = OwnersBus(register)
     bridges = Bridges(register)

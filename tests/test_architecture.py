@@ -33,6 +33,7 @@ FLOORS = [
         "errors",
         "files",
         "money",
+        "plugins",
         "redact",
         "sharedfile",
         "text",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from .. import plugins
 from ..config import Config
 from ..environment import SandboxSpec
 from ..errors import NotFound
@@ -167,9 +168,15 @@ BACKENDS = {
 }
 
 
+def known_backends() -> dict[str, str]:
+    """Name -> "module:class" of ours, and of those that other installed packages bring."""
+    return plugins.backends() | BACKENDS
+
+
 def open_backend(name: str, config: Config) -> Backend:
     """The backend of that name, imported only now."""
-    if name not in BACKENDS:
-        raise NotFound("backend", name, BACKENDS)
-    module, _, attribute = BACKENDS[name].partition(":")
+    place = BACKENDS.get(name) or plugins.backends().get(name)
+    if place is None:
+        raise NotFound("backend", name, known_backends())
+    module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module, __package__), attribute)(config)
