@@ -19,6 +19,7 @@ FLOORS = [
     ["http"],
     ["scoped"],
     ["server", "watch"],
+    ["skills"],
     ["tools", "prompts"],
     ["sessions"],
     ["backends"],
@@ -44,7 +45,7 @@ FLOORS = [
     ],
 ]
 FLOOR = {room: number for number, rooms in enumerate(reversed(FLOORS)) for room in rooms}
-KNOW_MCP = {"tools", "prompts", "server", "scoped", "http", "render", "cli", "demo"}
+KNOW_MCP = {"tools", "prompts", "skills", "server", "scoped", "http", "render", "cli", "demo"}
 
 
 def room_of(path: Path) -> str:
