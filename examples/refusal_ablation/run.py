@@ -184,8 +184,8 @@ async def main() -> None:
             evidence=" ".join(cells),
             controls=f"{survey_cell} {cells[2]} {cells[3]}",  # base and control; random directions
             confidence=0.9,
-            limits="Refusals are told by their wording. The direction was read at the end of the prompt, so it may be "
-            "that of how a refusal begins rather than of what is harmful; refusals that begin in another way would tell.",
+            limits="Refusals are told by their wording. The direction was read at the end of the prompt, so it may "
+            "be that of how a refusal begins, not of what is harmful; refusals that begin in another way would tell.",
         )
         report(
             carries=carries(found, 0),
