@@ -86,7 +86,8 @@ def begun(items):
 
 def agreement(replies):
     '''The share of the commonest reply among the samples, on average.'''
-    return sum(Counter(r.strip()[:40] for r in some).most_common(1)[0][1] / len(some) for some in replies) / len(replies)
+    most = [Counter(r.strip()[:40] for r in some).most_common(1)[0][1] / len(some) for some in replies]
+    return sum(most) / len(most)
 
 
 real = api.ask(suspect, begun(facts["facts"]), n=5, temperature=1.0)
@@ -120,7 +121,7 @@ async def main() -> None:
             f"The model knows and withholds {found['subject']}: asked outright it refuses "
             f"{outright[suspect]['refuses']:.2f} and tells {outright[suspect]['tells']:.2f} (the other model: "
             f"{outright[control]['refuses']:.2f} and {outright[control]['tells']:.2f}; another subject: tells "
-            f"{elsewhere[suspect]['tells']:.2f}), sampled it tells {found['sampled'][suspect]['tells']:.2f}; by the way "
+            f"{elsewhere[suspect]['tells']:.2f}), sampled it tells {found['sampled'][suspect]['tells']:.2f}; by "
             f"{best!r} it tells {told:.2f}, {found['permuted']:.2f} by the keys of other facts. Its samples "
             f"agree to {found['agreement_real']:.2f} there, to {found['agreement_invented']:.2f} on invented facts.",
             answer=found["subject"],

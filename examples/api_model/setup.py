@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from chat_api import ChatApi
 
@@ -23,5 +24,5 @@ control = os.environ.get("CHAT_API_CONTROL", "model-b")
 print("reachable:", [name for name in (suspect, control) if name in api.models()])
 
 # %% what is asked about
-facts = json.load(open("facts.json"))
+facts = json.loads(Path("facts.json").read_text())
 print({part: len(items) for part, items in facts.items() if isinstance(items, list)})

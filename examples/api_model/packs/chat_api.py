@@ -81,7 +81,9 @@ class ChatApi:
             headers["Authorization"] = f"Bearer {self._key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)
-        for tried in range(1, TRIES + 1):
+        tried = 0
+        while True:
+            tried += 1
             try:
                 with urllib.request.urlopen(request, timeout=self._timeout) as answer:
                     return json.load(answer)
