@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,6 +69,11 @@ def shown(notebook: Notebook, argument: str, ids: Sequence[str]) -> tuple[Shown,
         if why := _why_not(cell):
             raise BadInput(argument, cell.id, why)
     return tuple(map(_shown, cells.values()))
+
+
+def is_findings(source: str) -> bool:
+    """Whether that is the text of a cell that says findings."""
+    return re.match(r"## Findings \d+\n", source) is not None
 
 
 def record_path(notebook: Path) -> Path:

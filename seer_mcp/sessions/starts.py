@@ -277,10 +277,12 @@ class Starts:
             await session.status()
             fault_point("start.ready")
             document.metadata["seer"] = {"sandbox": handle, "backend": spec.backend}
+            if order.investigation is not None:
+                document.metadata["seer"]["investigation"] = order.investigation.asked
             session.note_cost()
             document.unhold()
-            if order.investigation is not None and source is None:
-                await self._open_with(session, order.investigation)
+            if order.investigation is not None:
+                await self._open_with(session, order.investigation, source is None)
             await session.save()
         except BaseException as failure:
             try:
@@ -297,12 +299,14 @@ class Starts:
         self._held.note("started", session)
         return session
 
-    async def _open_with(self, session: Session, found: Investigation) -> None:
-        """Begin the notebook with the task, and have the cells run that load models and set up."""
+    async def _open_with(self, session: Session, found: Investigation, empty: bool) -> None:
+        """What its notebook imports; an empty one begins with the task and the cells that load models and set up."""
         for name, scope in found.scoped.items():
             assert scope.interface is not None
             text = module_source(name, scope.interface)
             await session.write_file(f"{name}.py", text.encode())
+        if not empty:
+            return
         cells = [session.notebook.insert(kind, source) for kind, source in opening_cells(found)]
         if code := [cell for cell in cells if cell.kind == "code"]:
             session.opening = await session.run_cells(code)
