@@ -45,8 +45,8 @@ class Findings:
     limits: str
     """What was not tried, or what would have shown it wrong."""
 
-    def markdown(self, number: int) -> str:
-        """The cell that says it to a person."""
+    def markdown(self, number: int, closing: str = "") -> str:
+        """The cell that says it to a person; it ends with `closing`."""
         parts = [f"## Findings {number}", self.claim.strip()]
         if self.answer:
             parts.append(f"**Answer:** {self.answer.strip()}")
@@ -57,6 +57,8 @@ class Findings:
         )
         limits = self.limits.strip() or "nothing was said."
         parts.append(f"**Not tried, or what would have shown this wrong:** {limits}")
+        if closing:
+            parts.append(closing)
         return "\n\n".join(parts)
 
 

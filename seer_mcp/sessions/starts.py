@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import __version__
 from ..backends import Backend, Place, Progress
 from ..environment import Investigation, SandboxSpec, opening_cells
 from ..errors import (
@@ -276,7 +277,11 @@ class Starts:
             await session.kernel_ready(READY_SECONDS)
             await session.status()
             fault_point("start.ready")
-            document.metadata["seer"] = {"sandbox": handle, "backend": spec.backend}
+            document.metadata["seer"] = {
+                "sandbox": handle,
+                "backend": spec.backend,
+                "environment": await self._environment(session, spec),
+            }
             if order.investigation is not None:
                 document.metadata["seer"]["investigation"] = order.investigation.asked
             session.note_cost()
@@ -298,6 +303,11 @@ class Starts:
         self._held.sessions[handle] = session
         self._held.note("started", session)
         return session
+
+    async def _environment(self, session: Session, spec: SandboxSpec) -> dict[str, object]:
+        """What the notebook says that it was made with."""
+        gpu = {"gpu": f"{spec.gpu_count} x {spec.gpu}"} if spec.gpu else {}
+        return {"seer-mcp": __version__, **gpu, **await session.installed()}
 
     async def _open_with(self, session: Session, found: Investigation, empty: bool) -> None:
         """What its notebook imports; an empty one begins with the task and the cells that load models and set up."""
