@@ -15,7 +15,18 @@ PACKAGE = ROOT / "seer_mcp"
 # Rooms by floor, the top first. A room is a module of seer_mcp, or a folder of it.
 FLOORS = [
     ["cli", "__main__"],
-    ["clients", "own_packs", "cloud_models", "demo", "doctor", "sandboxes", "serve", "watching"],
+    [
+        "clients",
+        "own_packs",
+        "cloud_models",
+        "demo",
+        "doctor",
+        "export",
+        "replay",
+        "sandboxes",
+        "serve",
+        "watching",
+    ],
     ["http"],
     ["scoped"],
     ["server", "watch"],
@@ -23,7 +34,7 @@ FLOORS = [
     ["tools", "prompts"],
     ["sessions"],
     ["backends"],
-    ["catalogue", "findings", "grading"],
+    ["about", "catalogue", "findings", "grading"],
     ["notebook", "kernel", "packs", "environment", "config", "model_store"],
     ["ipynb", "observe", "interface"],
     ["audit", "spend"],
