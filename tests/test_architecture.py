@@ -22,7 +22,7 @@ FLOORS = [
     ["tools", "prompts"],
     ["sessions"],
     ["backends"],
-    ["catalogue", "findings", "grading"],
+    ["blind", "catalogue", "findings", "grading"],
     ["notebook", "kernel", "packs", "environment", "config", "model_store"],
     ["ipynb", "observe", "interface"],
     ["audit", "spend"],
