@@ -11,18 +11,12 @@ from .judge import Found
 SHOWN = 12  # probes that a failure names
 GROUPS = {
     "config": "configurations",
-    "generation config": "generation configuration",
-    "model": "modules of the model",
+    "model": "every module",
     "adapter": "adapters",
-    "handle": "the variable's report",
     "tokenizer": "tokenizer and chat template",
-    "memory": "dictionaries in memory",
     "history": "input history",
     "traceback": "tracebacks",
-    "files": "files",
-    "environment": "environment and tokens",
-    "process": "processes",
-    "network": "network",
+    "environment": "environment",
     "server": "what this server says and writes",
 }
 
@@ -58,8 +52,8 @@ def receipt(
         "",
         f"- **What was hidden.** Weights, tokenizer and adapter are copies without names ({replaced} places changed, "
         f"{left_out} files left out: cards, code, training arguments, caches). Names were taken out of "
-        f"{', '.join(GROUPS[g] for g in ('config', 'model', 'adapter', 'tokenizer'))}, history and tracebacks. No token "
-        "of the hub is here" + (", and no network." if netless else "."),
+        f"{', '.join(GROUPS.values())}. No token of the hub is here"
+        + (", and no network." if netless else "."),
         "- **What cannot be hidden.** Architecture, vocabulary and the fingerprint of the weights: the base family can "
         "be inferred; repository, fine-tune and card cannot be read. Whoever prints a name that they guessed sees it "
         "taken out: this confirms the guess.",

@@ -6,7 +6,7 @@ store.py; `seer-mcp models` is command.py.
 """
 
 from .follow import FetchProgress, Manifest, follow, program, request, unnamed
-from .hidden import Part, Prepared, names_of, not_hidden, parts_of
+from .hidden import Part, Prepared, copy_here, names_of, not_hidden, parts_of, with_base
 from .names import MODELS_VARIABLE, HubModel, hub_model, hub_models, kernel_map
 from .store import ModelStore
 
@@ -18,6 +18,7 @@ __all__ = [
     "ModelStore",
     "Part",
     "Prepared",
+    "copy_here",
     "follow",
     "hub_model",
     "hub_models",
@@ -28,4 +29,5 @@ __all__ = [
     "program",
     "request",
     "unnamed",
+    "with_base",
 ]

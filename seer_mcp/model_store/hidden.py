@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,8 @@ class Prepared:
     """What must not be learnt."""
     copies: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """Of the hidden ones, by alias: the files of the copy and their digests."""
+    seconds: float = 0.0
+    """That the copies took."""
 
 
 def parts_of(
@@ -115,8 +118,13 @@ def copy_here(parts: Sequence[Part], names: Sequence[str], place: Path) -> Prepa
     """Nameless copies in numbered folders under `place`. Raises ModelUnavailable."""
     told: dict[str, str] = {}
     copies: dict[str, dict[str, Any]] = {}
-    for at, part in enumerate(parts, 1):
-        target = str(place / str(at))
+    made: dict[str, str] = {}
+    began = time.monotonic()
+    for part in parts:
+        if part.folder in made:  # the base of several adapters
+            told[part.alias] = made[part.folder]
+            continue
+        target = made[part.folder] = str(place / str(len(made) + 1))
         try:
             copies[part.alias] = staging.Staging(part.folder, target, names, part.alias).make()
         except staging.NotHidden as error:
@@ -126,7 +134,7 @@ def copy_here(parts: Sequence[Part], names: Sequence[str], place: Path) -> Prepa
                 part.alias, "folder", f"its copy could not be made ({error.strerror})"
             ) from error
         told[part.alias] = target
-    return Prepared(told, tuple(names), copies)
+    return Prepared(told, tuple(names), copies, time.monotonic() - began)
 
 
 def not_hidden(alias: str, why: str) -> ModelUnavailable:

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -410,14 +411,23 @@ def link_or_copy(here: str, there: str) -> None:
 
 
 def main(read: Callable[[], str] = sys.stdin.readline) -> None:
-    """{"source", "target", "names", "alias"} on stdin; {"done"} or {"failed"} on stdout."""
+    """{"source", "target", "names", "alias", "sync"} on stdin; {"done"} or {"failed"} on stdout.
+
+    Names that the source tells of itself are taken out as well. A file beside the target holds what
+    came of it; it is written last. `sync`: a folder whose files must be on their disk then.
+    """
     asked = json.loads(read())
     try:
-        made = Staging(asked["source"], asked["target"], asked["names"], asked["alias"]).make()
-        made["names"] = names_in(asked["source"])
-        sys.stdout.write(json.dumps({"done": made}) + "\n")
+        source, target = asked["source"], asked["target"]
+        told = names_in(source)
+        made = Staging(source, target, [*asked["names"], *told], asked["alias"]).make()
+        write(f"{target}.json", json.dumps({**made, "names": told}))
+        if asked.get("sync"):
+            subprocess.run(["sync", asked["sync"]], check=True)
+        answer = {"done": target}
     except NotHidden as error:
-        sys.stdout.write(json.dumps({"failed": "not_hidden", "error": str(error)}) + "\n")
+        answer = {"failed": "not_hidden", "error": str(error)}
+    sys.stdout.write(json.dumps(answer) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import shutil
 import time
 from asyncio import StreamReader
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -202,7 +202,7 @@ class ModelStore:
             parts += own
             names += names_of(spec, own, bases.get(number, ""))
         made = await asyncio.to_thread(copy_here, parts, names, copies)
-        return Prepared({**told, **made.told}, made.names, made.copies)
+        return replace(made, told={**told, **made.told})
 
     @staticmethod
     def environment(told: Mapping[str, str]) -> dict[str, str]:

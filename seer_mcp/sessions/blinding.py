@@ -61,12 +61,12 @@ class Blinding:
         for redactor in self._redactors:
             redactor.hide(self._names.values)
 
-    def prepared(self, made: Prepared, seconds: float) -> None:
+    def prepared(self, made: Prepared) -> None:
         """The copies are there: their files, and names that came to light with them."""
         self._learn(made.names)
         self._copies |= made.copies
         self._folders |= {made.told[alias]: copy["files"] for alias, copy in made.copies.items()}
-        self._seconds += seconds
+        self._seconds += made.seconds
 
     def environment(self) -> dict[str, str]:
         """For a kernel on this machine: histories and caches of its user are not its own."""

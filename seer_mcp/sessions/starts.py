@@ -267,6 +267,7 @@ class Starts:
             order.packs,
             owner,
             found.values,
+            blinding.prepared if blinding is not None else lambda made: None,
         )
         attached = False
         try:
@@ -360,7 +361,6 @@ class Starts:
             return spec
         config = self._held.config
         store = ModelStore(config.models_dir, spec.python or config.python, config.fetch_env)
-        began = time.monotonic()
         made = await store.fetch_all(
             spec.models,
             report,
@@ -371,7 +371,7 @@ class Starts:
         changes: dict[str, object] = {}
         env = {**spec.env, **store.environment(made.told)}
         if blinding is not None:
-            blinding.prepared(made, time.monotonic() - began)
+            blinding.prepared(made)
             env |= blinding.environment()
             if spec.blocked and not await asyncio.to_thread(without_network):
                 blinding.netless, changes["network"] = False, True  # the receipt says it
