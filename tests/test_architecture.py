@@ -34,7 +34,7 @@ FLOORS = [
     ["tools", "prompts"],
     ["sessions"],
     ["backends"],
-    ["about", "catalogue", "findings", "grading"],
+    ["about", "blind", "catalogue", "findings", "grading"],
     ["notebook", "kernel", "packs", "environment", "config", "model_store"],
     ["ipynb", "observe", "interface"],
     ["audit", "spend"],
