@@ -213,9 +213,9 @@ async def main() -> None:
             controls=" ".join(cells[name] for name in ("cosine", "persist")),
             confidence=0.75,
             limits=f"Cosine is no evidence here: the vector of an identity is as like when it is said of the user "
-            f"({cosines['of the user']['same']:.2f}) as when it is told before ({cosines['told before']['same']:.2f}): it "
-            f"sees the word. What steering puts in place of the name is the right identity in {found['named']:.2f} (random "
-            f"vectors {found['named_random']:.2f}). Several turns are beyond this model, told or not.",
+            f"({cosines['of the user']['same']:.2f}) as when it is told before ({cosines['told before']['same']:.2f}): "
+            f"it sees the word. What steering puts in place of the name is the right identity in {found['named']:.2f} "
+            f"(random vectors {found['named_random']:.2f}). Several turns are beyond this model, told or not.",
         )
         report(
             **{
