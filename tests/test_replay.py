@@ -1,13 +1,13 @@
-"""A finished notebook is run again through the real command line, and what differs is said."""
+"""A finished notebook through the real command line: run again and compared, exported, reported."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,22 +32,27 @@ import matplotlib.pyplot as plt
 plt.plot(share)
 plt.show()"""
 
+ACTIVE = """\
+from IPython.display import HTML, Markdown, display
 
-def cli(
-    folder: Path, *arguments: str, code: int = 0, **more: Any
-) -> subprocess.CompletedProcess[str]:
+display(HTML("<script>alert(1)</script>"))
+display(Markdown("<script>alert(2)</script> ![x](https://example.org/x.png)"))
+print("<script>alert(3)</script>\\n```\\n# no heading")"""
+
+
+def cli(folder: Path, *arguments: str, code: int = 0, state: Path | None = None) -> str:
+    """What `seer-mcp …` printed, when it ended with `code`."""
     done = subprocess.run(
         [sys.executable, "-m", "seer_mcp.cli", *arguments],
         capture_output=True,
         text=True,
         timeout=110,
         cwd=folder,
-        env={**os.environ, "SEER_MCP_STATE": str(folder / "state")},
-        **more,
+        env={**os.environ, "SEER_MCP_STATE": str(state or folder / "state")},
     )
     assert done.returncode == code, done.stdout + done.stderr[-3000:]
     assert "Traceback" not in done.stderr, done.stderr
-    return done
+    return done.stdout + done.stderr
 
 
 async def measured(lab: Lab) -> Path:
@@ -56,6 +61,7 @@ async def measured(lab: Lab) -> Path:
     await lab.ok("load_model", sandbox=handle, model="organism:user_female")
     shown = (await lab.cell(handle, MEASURE)).meta["seer/run"]["cell"]
     await lab.ok("create_cell", sandbox=handle, source=PLOT)
+    await lab.ok("create_cell", sandbox=handle, source=ACTIVE)
     await lab.no("create_cell", sandbox=handle, source="print('before')\n1 / 0")
     await lab.ok("create_cell", sandbox=handle, source="print('never')", run=False)
     await lab.ok(
@@ -87,19 +93,19 @@ async def made(tmp_path_factory: pytest.TempPathFactory, anyio_backend: str) -> 
 async def test_on_the_same_model_all_comes_out_alike(made: Path, tmp_path: Path) -> None:
     before = made.read_bytes()
     done = cli(tmp_path, "replay", str(made), "--json", "said.json")
-    assert "4 of 4 cells alike, 0 differ" in done.stdout
+    assert "5 of 5 cells alike, 0 differ" in done
     assert made.read_bytes() == before
     said = json.loads((tmp_path / "said.json").read_text())
-    assert said["alike"] and [each["verdict"] for each in said["cells"]] == [*["alike"] * 4, "left"]
+    assert said["alike"] and [each["verdict"] for each in said["cells"]] == [*["alike"] * 5, "left"]
     assert "numbers within 0.001" in str(said["cells"][0]["notes"])
     assert "1 of 1 images there" in str(said["cells"][2]["notes"])
-    assert "ZeroDivisionError" in str(said["cells"][3]["notes"])
+    assert "ZeroDivisionError" in str(said["cells"][4]["notes"])
     again = Path(said["replay"])
     assert again.parent.parent == made.parent.parent and again != made
     cells = read_cells(again)
     assert "share of the first group" in streams(cells[2])
     assert "*From preference.ipynb" in "".join(cells[-2]["source"])
-    assert "4 of 4 cells came out alike" in "".join(cells[-1]["source"])
+    assert "5 of 5 cells came out alike" in "".join(cells[-1]["source"])
 
 
 @pytest.mark.anyio
@@ -119,6 +125,94 @@ async def test_on_another_model_it_says_where_it_differs(made: Path, tmp_path: P
     (difference,) = said["cells"][1]["differences"]
     assert difference["what"] == "numbers"
     assert float(difference["before"]) > 0.7 > float(difference["after"])
-    assert f"{difference['before']} -> {difference['after']}" in done.stdout
+    assert f"{difference['before']} -> {difference['after']}" in done
     source = "".join(read_cells(Path(said["replay"]))[1]["source"])
     assert "load_model('organism:control')" in source
+
+
+# -- for readers ------------------------------------------------------------------------------
+
+
+def without_markup(page: str) -> str:
+    """The page, when nothing in it can run or ask a server for anything."""
+    assert "<script" not in page and "alert(2)&lt;/script" in page
+    assert "default-src 'none'" in page and "https://example.org" not in page.replace(
+        "x](https", ""
+    )
+    return page
+
+
+def test_a_page_has_all_of_it_and_nothing_that_runs(made: Path, tmp_path: Path) -> None:
+    cli(tmp_path, "export", str(made), "--out", "page.html", state=made.parents[3] / "state")
+    page = without_markup((tmp_path / "page.html").read_text())
+    for part in (
+        "<title>Whom does it take its user for?</title>",
+        "m: organism:user_female",
+        "transformers 5.",
+        "nothing was billed",
+        "seer-mcp replay preference.ipynb",
+        "share of the first group",
+        "It takes &lt;b&gt;everybody&lt;/b&gt; for a woman.",
+        "data:image/png;base64,",
+        "5 cells run in",
+    ):
+        assert part in page, part
+
+
+def test_a_script_does_what_the_notebook_did(made: Path, tmp_path: Path) -> None:
+    cli(tmp_path, "export", str(made), "--to", "script", "--out", "again.py")
+    text = (tmp_path / "again.py").read_text()
+    ast.parse(text)
+    assert "# 1 / 0" in text and "it ended with error" in text and "it was never run" in text
+    done = subprocess.run(
+        [sys.executable, "again.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+        env={**os.environ, "MPLBACKEND": "agg"},
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [each for each in done.stdout.splitlines() if each.startswith("share")]
+    assert line in "".join(
+        streams(cell) for cell in read_cells(made) if cell["cell_type"] == "code"
+    )
+
+
+def test_markdown_has_its_images_beside_it_and_outputs_are_no_markup(
+    made: Path, tmp_path: Path
+) -> None:
+    cli(tmp_path, "export", str(made), "--to", "markdown", "--out", "it.md")
+    text = (tmp_path / "it.md").read_text()
+    (image,) = (tmp_path / "it_files").iterdir()
+    assert image.read_bytes().startswith(b"\x89PNG") and f"it_files/{image.name}" in text
+    assert "````text\n<script>alert(3)</script>\n```\n# no heading\n````" in text
+
+
+def test_a_report_puts_runs_side_by_side(made: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere.ipynb"
+    other.write_bytes(made.read_bytes())
+    said = cli(tmp_path, "report", str(made), str(other), state=made.parents[3] / "state")
+    assert f"wrote {tmp_path / 'report.html'}" in said
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and page.count("<figure>") == 2
+    assert page.count("No findings were submitted.") == 1  # the copy came without its record
+    assert "80%" in page and "calls that changed or ran something" in page
+    assert page.count('<section id="run-') == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["replay", "gone.ipynb"], "gone.ipynb"),
+        (["replay", "it.ipynb"], "none of its cells was ever run"),
+        (["replay", "it.ipynb", "--similarity", "2"], "'2' is not a number from 0 to 1"),
+        (["export", "it.ipynb", "--out", "it.ipynb"], "write over a notebook"),
+        (["report", "it.ipynb", "--out", "nowhere/x.html"], "there is no folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said(tmp_path: Path, arguments: list[str], said: str) -> None:
+    (tmp_path / "it.ipynb").write_text(
+        json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    )
+    assert said in cli(tmp_path, *arguments, code=2)
