@@ -5,13 +5,18 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from .support import Lab, open_lab, read_cells, streams
+from seer_mcp.errors import BadInput
+from seer_mcp.replay.compare import Bounds, likeness, same_text
+from seer_mcp.replay.models import exchanged, exchanges, loads
+
+from .support import Lab, open_lab, processes_of, read_cells, streams
 
 MEASURE = """\
 from tool_packs import organisms
@@ -212,3 +217,124 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, arguments: list[str], said:
         json.dumps({"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
     )
     assert said in cli(tmp_path, *arguments, code=2)
+
+
+# -- a replay that does not reach its end -----------------------------------------------------
+
+
+def written(folder: Path, *cells: tuple[str, str]) -> Path:
+    """A notebook of another program: (source, what it printed)."""
+    path = folder / "by-hand.ipynb"
+    made = [
+        {
+            "cell_type": "code",
+            "id": f"cell-{number}",
+            "metadata": {},
+            "execution_count": number,
+            "source": source,
+            "outputs": [{"output_type": "stream", "name": "stdout", "text": text}],
+        }
+        for number, (source, text) in enumerate(cells, 1)
+    ]
+    book = {"cells": made, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(book))
+    return path
+
+
+SLEEP = "import time\nprint('asleep', flush=True)\ntime.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("source", "flags", "state", "stopped"),
+    [
+        (
+            "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+            [],
+            "kernel_died",
+            "kernel_died",
+        ),
+        (SLEEP, ["--cell-minutes", "0.02"], "interrupted", "ran for more than 1.2 s"),
+    ],
+)
+def test_why_it_did_not_reach_the_end_is_said(
+    tmp_path: Path, source: str, flags: list[str], state: str, stopped: str
+) -> None:
+    path = written(tmp_path, ("print(0.50001)", "0.5\n"), (source, "asleep\n"), ("print(1)", "1\n"))
+    cli(tmp_path, "replay", str(path), *flags, "--json", "said.json", code=1)
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert [each["verdict"] for each in said["cells"]] == ["alike", "differs", "differs"]
+    assert said["cells"][1]["state"] == {"before": "complete", "after": state}
+    assert stopped in said["stopped"]
+    assert "the replay ended before it" in said["cells"][2]["differences"][0]["says"]
+
+
+def test_after_ctrl_c_what_was_seen_is_told_and_nothing_runs_on(tmp_path: Path) -> None:
+    path = written(tmp_path, ("print(1)", "1\n"), (SLEEP, "asleep\n"))
+    with subprocess.Popen(
+        [sys.executable, "-m", "seer_mcp.cli", "replay", str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "SEER_MCP_STATE": str(tmp_path / "state")},
+    ) as replay:
+        assert replay.stdout is not None
+        assert "alike" in replay.stdout.readline()
+        replay.send_signal(signal.SIGINT)
+        rest = replay.stdout.read()
+        assert replay.wait(timeout=30) == 130, rest
+    assert "It did not reach the end: it was interrupted" in rest
+    (record,) = (tmp_path / "state" / "sandboxes").iterdir()
+    assert processes_of(record.name) == []
+
+
+# -- what is alike ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "alike"),
+    [
+        ("share 0.9500", "share 0.9504", True),
+        ("share 0.9500", "share 0.9600", False),
+        ("12 prompts", "13 prompts", False),
+        ("12,500 rows", "12,500 rows", True),
+        ("loss 1e-9", "loss 3e-9", True),
+        ("took 1.5 s at 200 it/s", "took 15.2 s at 20 it/s", True),
+        ("<A at 0x7f00aa11bb>", "<A at 0x7f99cc22dd>", True),
+        ("gpt2 says no", "gpt3 says no", False),
+        ("a #", "a 1", False),
+        ("-0.5", "0.5", False),
+        ("nan", "0.5", False),
+        ("x 1.0\ny 2.0", "x 1.0", False),
+    ],
+)
+def test_texts_are_alike_when_their_numbers_are_near(before: str, after: str, alike: bool) -> None:
+    assert same_text(before, after, Bounds()).alike is alike
+    assert same_text(after, before, Bounds()).alike is alike
+
+
+def test_texts_are_alike_when_they_resemble_each_other_as_far_as_asked() -> None:
+    one, other = "I recommend the blue dress.", "I recommend the red dress."
+    ratio = likeness(one, other)
+    assert 0.8 < ratio < 1
+    assert not same_text(one, other, Bounds()).alike
+    assert same_text(one, other, Bounds(similarity=ratio - 0.01)).alike
+    assert not same_text(one, other, Bounds(similarity=ratio + 0.01)).alike
+
+
+def test_a_model_is_exchanged_and_all_else_of_its_cell_stays() -> None:
+    source = (
+        "é = 'ü'; m = load_model('a/b', revision='x', dtype='float16', alias='n')\n"
+        "c = tool_packs.models.load_model(\n    name,\n    base='z')  # why"
+    )
+    found = loads([("1", source)])
+    assert [(each.variable, each.model) for each in found] == [("m", "a/b"), ("c", "name")]
+    assert exchanges(["q/r"], found) == {"m": "q/r"}
+    assert exchanged(source, exchanges(["q/r", "c=organism:base"], found)) == (
+        "é = 'ü'; m = load_model('q/r', dtype='float16')\n"
+        "c = tool_packs.models.load_model('organism:base')  # why"
+    )
+    for wrong in ("x=q/r", "m="):
+        with pytest.raises(BadInput):
+            exchanges([wrong], found)
+    with pytest.raises(BadInput, match="no cell of the notebook"):
+        exchanges(["q/r"], loads([("1", "%magic\nm = load_model('a')")]))
