@@ -205,7 +205,7 @@ def test_a_report_puts_runs_side_by_side(made: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["replay", "gone.ipynb"], "gone.ipynb"),
+        (["replay", "gone.ipynb"], "No notebook 'gone.ipynb'."),
         (["replay", "it.ipynb"], "none of its cells was ever run"),
         (["replay", "it.ipynb", "--similarity", "2"], "'2' is not a number from 0 to 1"),
         (["export", "it.ipynb", "--out", "it.ipynb"], "write over a notebook"),
@@ -305,11 +305,20 @@ def test_after_ctrl_c_what_was_seen_is_told_and_nothing_runs_on(tmp_path: Path) 
         ("-0.5", "0.5", False),
         ("nan", "0.5", False),
         ("x 1.0\ny 2.0", "x 1.0", False),
+        ("word\n0.50001", "word\n0.5", True),
     ],
 )
 def test_texts_are_alike_when_their_numbers_are_near(before: str, after: str, alike: bool) -> None:
     assert same_text(before, after, Bounds()).alike is alike
     assert same_text(after, before, Bounds()).alike is alike
+
+
+def test_numbers_are_told_beside_words_that_differ() -> None:
+    found = same_text("says yes\nshare 0.9", "says no\nshare 0.5", Bounds())
+    assert [(d.what, d.before, d.after) for d in found.differences] == [
+        ("numbers", "0.9", "0.5"),
+        ("text", "says yes", "says no"),
+    ]
 
 
 def test_texts_are_alike_when_they_resemble_each_other_as_far_as_asked() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from ..config import Config
 from ..errors import BadInput
 from ..files import write_atomic
+from ..ipynb import notebook_at
 from .forms import FORMS, page
 from .run import read_run
 
@@ -34,7 +35,7 @@ def add_export(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def run_export(flags: argparse.Namespace, config: Config) -> int:
     """Raises SeerError."""
-    path = Path(flags.notebook).absolute()
+    path = notebook_at(flags.notebook)
     form, suffix = FORMS[flags.to]
     out = _place(flags.out or str(path.with_suffix(f".{suffix}")), [path])
     text = form(read_run(path, config.state_dir), out)
@@ -43,7 +44,7 @@ def run_export(flags: argparse.Namespace, config: Config) -> int:
 
 def run_report(flags: argparse.Namespace, config: Config) -> int:
     """Raises SeerError."""
-    paths = [Path(each).absolute() for each in flags.notebooks]
+    paths = [notebook_at(each) for each in flags.notebooks]
     out = _place(flags.out, paths)
     runs = [read_run(path, config.state_dir) for path in paths]
     made = time.strftime("%Y-%m-%d %H:%M")

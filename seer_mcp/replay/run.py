@@ -101,7 +101,7 @@ async def replayed(
     `halt`: set by whoever wants it to end early; what runs is interrupted. `tell` hears what is waited for,
     `done` each cell.
     """
-    path = wanted.notebook.absolute()
+    path = wanted.notebook
     cells, metadata = read_notebook(path, as_copy=True)
     before = Notebook(path, cells, metadata)
     code = [cell for cell in before.cells if cell.kind == "code"]
