@@ -118,7 +118,7 @@ def read_run(path: Path, state_dir: Path) -> Run:
         ran=len(runs),
         failed=sum(facts.get("state", "complete") != "complete" for facts in runs),
         seconds=sum(float(facts.get("seconds", 0)) for facts in runs),
-        calls=_calls(state_dir, handle) if handle else None,
+        calls=_calls(state_dir, handle) if handle and not noted.get("replay_of") else None,
         findings=_submissions(record, _grades(state_dir, path, handle)),
         plots=plots[:PLOTS],
         more_plots=max(0, len(plots) - PLOTS),
