@@ -17,6 +17,7 @@ from .cloud_models import run_cloud_models
 from .config import Config, from_environment
 from .environment import read_scope, schema
 from .errors import BadInput, SeerError
+from .export import add_export, run_export, run_report
 from .flags import above_zero, count
 from .grading import kept
 from .kernel_host.fault import arm, in_host
@@ -159,6 +160,7 @@ def parser() -> argparse.ArgumentParser:
     add_models(commands, common)
     add_sandboxes(commands, common)
     add_replay(commands, common)
+    add_export(commands, common)
     grades = commands.add_parser(
         "grades", parents=[common], help="what graders said of submitted findings"
     )
@@ -259,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sandboxes",
         "token",
         "replay",
+        "export",
+        "report",
         "grades",
         "schema",
         "--version",
@@ -296,6 +300,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return asyncio.run(run_sandboxes(flags, config))
         if flags.command == "replay":
             return run_replay(flags, config)
+        if flags.command == "export":
+            return run_export(flags, config)
+        if flags.command == "report":
+            return run_report(flags, config)
         if flags.command == "watch":
             from .watching import run_watch
 
