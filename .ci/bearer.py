@@ -1,4 +1,4 @@
-"""Passes HTTP on to a server with a token added, for clients that have none: python bearer.py PORT SERVER_PORT TOKEN_FILE
+"""Passes HTTP on to a server with a token added: python bearer.py PORT SERVER_PORT TOKEN_FILE
 
 Everything else goes through as it came, the Host header above all.
 """
