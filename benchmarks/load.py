@@ -1,9 +1,9 @@
 """Many clients at one team's server over HTTP: does each get its own, and how soon?
 
-uv run python -m benchmarks.load [--clients 200] [--seconds 60] [--real 50] [--out load.json] [--page docs/performance.md]
+uv run python -m benchmarks.load [--clients 200] [--seconds 60] [--real 50] [--out FILE] [--page docs/performance.md]
 
-Every client is one owner's, four to an owner, who has one sandbox. It writes a cell with a marker of its own, reads that
-cell back, and asks for the list of sandboxes; now and then it asks for the sandbox of somebody else. The kernels
+Every client is one owner's, four to an owner, who has one sandbox. It writes a cell with a marker of its own, reads
+that cell back, and asks for the list of sandboxes; now and then it asks for the sandbox of somebody else. The kernels
 are stubs (real processes behind the real host that echo), so that the server is measured; --real N adds a run with N
 clients on N real kernels.
 """
@@ -231,10 +231,11 @@ def section(found: list[dict[str, Any]], load: float) -> str:
     lines = [
         "## Many clients at a team's server",
         "",
-        "Written by `uv run python -m benchmarks.load --real 50 --page docs/performance.md`: owners with a token and a",
-        "sandbox each, four clients to an owner on stub kernels, one on a real kernel. Each writes cells with a marker of",
-        "its own and reads them back; *crossed* counts markers of others, *strangers refused* calls with somebody else's",
-        "handle. *Status* is `list_sandboxes`; the goal is a p99 of at most 1 s. Clients and server share the machine.",
+        "Written by `uv run python -m benchmarks.load --real 50 --page docs/performance.md`: owners with a token",
+        "and a sandbox each, four clients to an owner on stub kernels, one on a real kernel. Each writes cells with a",
+        "marker of its own and reads them back; *crossed* counts markers of others, *strangers refused* calls with",
+        "somebody else's handle. *Status* is `list_sandboxes`; the goal is a p99 of at most 1 s. Clients and server",
+        "share the machine.",
         "",
         "| " + " | ".join(HEADS) + " |",
         "| " + " | ".join("---" for _ in HEADS) + " |",
