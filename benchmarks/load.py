@@ -55,6 +55,8 @@ class Seen:
     status: list[float] = field(default_factory=list[float])
     cells: list[float] = field(default_factory=list[float])
     server_mib: float = 0.0
+    server_cpu: float = 0.0
+    """Seconds of the server's process while the clients worked."""
 
     def report(self) -> dict[str, Any]:
         def ms(samples: list[float], share: float) -> float:
@@ -75,6 +77,7 @@ class Seen:
             "status_p99_ms": ms(self.status, 0.99),
             "cell_p50_ms": ms(self.cells, 0.5),
             "cell_p99_ms": ms(self.cells, 0.99),
+            "server_cpu_ms_a_call": round(self.server_cpu / max(1, self.calls) * 1000, 1),
             "server_mib": round(self.server_mib),
             "examples": [*self.errors[:3], *self.crossed[:3]],
         }
@@ -197,9 +200,13 @@ async def crowd(
                     )
                     for n in range(clients)
                 )
+                process = psutil.Process(server.pid)
+                before = process.cpu_times()
                 await asyncio.gather(*work)
                 seen.seconds = time.monotonic() - began
-                seen.server_mib = psutil.Process(server.pid).memory_info().rss / MIB
+                after = process.cpu_times()
+                seen.server_cpu = after.user + after.system - before.user - before.system
+                seen.server_mib = process.memory_info().rss / MIB
         finally:
             server.end()
     return seen
@@ -215,7 +222,7 @@ def rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
             f"{one['strangers_refused']}",
             f"{one['status_p50_ms']:.0f}, {one['status_p99_ms']:.0f} ms",
             f"{one['cell_p50_ms']:.0f}, {one['cell_p99_ms']:.0f} ms",
-            f"{one['server_mib']} MiB",
+            f"{one['server_cpu_ms_a_call']:.0f} ms of CPU a call, {one['server_mib']} MiB",
         )
         for one in found
     ]
