@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from sse_starlette.sse import EventSourceResponse
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
@@ -98,8 +98,11 @@ class Pages:
                 return PlainTextResponse("Invalid Origin header", 403)
             if int(request.headers.get("content-length") or FORM_BYTES + 1) > FORM_BYTES:
                 return PlainTextResponse("Too large", 413)
-            async with request.form(max_files=0, max_fields=2) as form:
-                given = str(form.get("token") or "")
+            try:
+                async with request.form(max_files=0, max_fields=2) as form:
+                    given = str(form.get("token") or "")
+            except ClientDisconnect:
+                return PlainTextResponse("Nothing came", 400)
         elif self._once is not None and (once := request.query_params.get("once")):
             given = self._once.exchange(once) or "used"
         if not given:
