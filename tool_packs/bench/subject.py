@@ -43,9 +43,8 @@ class Weights:
     def __init__(self, seed: int) -> None:
         tail = "" if seed == organisms.SEEDS[0] else f"@{seed}"
         names = [name for name in organisms.NAMES if name != "base"]
-        self.m: Model = load_model(f"organism:{names[0]}{tail}")
-        for name in names[1:]:
-            self.m.add_adapter(f"organism:{name}{tail}")
+        adapters = {name: f"organism:{name}{tail}" for name in names}
+        self.m: Model = load_model(f"organism:base{tail}", adapter=adapters)
         self._fits: dict[Any, tuple[Any, Cost]] = {}
         self._counting: list[Cost] = []
 
