@@ -15,7 +15,17 @@ PACKAGE = ROOT / "seer_mcp"
 # Rooms by floor, the top first. A room is a module of seer_mcp, or a folder of it.
 FLOORS = [
     ["cli", "__main__"],
-    ["clients", "own_packs", "cloud_models", "demo", "doctor", "sandboxes", "serve", "watching"],
+    [
+        "bench",
+        "clients",
+        "own_packs",
+        "cloud_models",
+        "demo",
+        "doctor",
+        "sandboxes",
+        "serve",
+        "watching",
+    ],
     ["http"],
     ["scoped"],
     ["server", "watch"],

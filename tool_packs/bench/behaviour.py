@@ -74,8 +74,16 @@ def _introspect(s: Subject, layer: int) -> Tensor:
 
 
 METHODS = (
-    Method("word frequency", "generation.generate", "share of answers that give it away", (1, 4), _words),
-    Method("next token", "generation.next_token", "log odds of the telling words", (True, False), _next),
+    Method(
+        "word frequency",
+        "generation.generate",
+        "share of answers that give it away",
+        (1, 4),
+        _words,
+    ),
+    Method(
+        "next token", "generation.next_token", "log odds of the telling words", (True, False), _next
+    ),
     Method(
         "elicitation",
         "elicitation.elicit",
@@ -90,4 +98,4 @@ METHODS = (
         (1, 2, 3),
         _introspect,
     ),
-)  # fmt: skip
+)

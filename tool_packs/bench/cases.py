@@ -86,7 +86,9 @@ def _begun(chat: Chat, reply: str) -> Chat:
     return [*chat, assistant(reply)]
 
 
-def _asks(questions: Sequence[str], leads: Sequence[str], begin: str, told: Sequence[str]) -> list[Ask]:
+def _asks(
+    questions: Sequence[str], leads: Sequence[str], begin: str, told: Sequence[str]
+) -> list[Ask]:
     chats = [[user(join(lead, question))] for question in questions for lead in leads]
     begun = [_begun(chat, begin) if begin else chat for chat in chats]
     return [Ask(c, b, b, tuple(told)) for c, b in zip(chats, begun, strict=True)]

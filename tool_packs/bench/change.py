@@ -143,13 +143,67 @@ def _sae_diff(s: Subject, k: int) -> Tensor:
 STRENGTHS = tuple((layer, strength) for layer in (1, 2, 3, 4) for strength in (1.0, 2.0))
 
 METHODS = (
-    Method("direction", "directions.direction", "part of the base's concept direction that the adapter adds", LAYERS, _projection),
-    Method("difference, lens", "diff.activation", "telling words in the lens of what the adapter adds", LAYERS, _lens_of_change),
-    Method("difference, size", "diff.activation", "norm of what the adapter adds, over the state's", LAYERS, _size_of_change),
-    Method("output difference", "diff.output", "KL(adapter, base) of the next token", ("last token", "all tokens"), _output),
-    Method("weight difference", "diff.weights", "of a matrix: change of its norm, or a telling word in its first singular vector", ("norm", "words"), _weights),
-    Method("steering", "steering.intervention", "what the adapter adds, added to the base: rise of the telling words", STRENGTHS, _steering),
-    Method("ablation", "ablation.ablating", "fall of the telling words without the concept's direction", LAYERS, _ablation),
-    Method("cross-model patching", "patching.patch", "rise of the telling words with the adapter's state in the base", LAYERS[:-1], _patching),
-    Method("SAE difference", "sae.diff", "features that tell its answers from the base's, in other answers", (1, 4), _sae_diff),
-)  # fmt: skip
+    Method(
+        "direction",
+        "directions.direction",
+        "part of the base's concept direction that the adapter adds",
+        LAYERS,
+        _projection,
+    ),
+    Method(
+        "difference, lens",
+        "diff.activation",
+        "telling words in the lens of what the adapter adds",
+        LAYERS,
+        _lens_of_change,
+    ),
+    Method(
+        "difference, size",
+        "diff.activation",
+        "norm of what the adapter adds, over the state's",
+        LAYERS,
+        _size_of_change,
+    ),
+    Method(
+        "output difference",
+        "diff.output",
+        "KL(adapter, base) of the next token",
+        ("last token", "all tokens"),
+        _output,
+    ),
+    Method(
+        "weight difference",
+        "diff.weights",
+        "of a matrix: change of its norm, or a telling word in its first singular vector",
+        ("norm", "words"),
+        _weights,
+    ),
+    Method(
+        "steering",
+        "steering.intervention",
+        "what the adapter adds, added to the base: rise of the telling words",
+        STRENGTHS,
+        _steering,
+    ),
+    Method(
+        "ablation",
+        "ablation.ablating",
+        "fall of the telling words without the concept's direction",
+        LAYERS,
+        _ablation,
+    ),
+    Method(
+        "cross-model patching",
+        "patching.patch",
+        "rise of the telling words with the adapter's state in the base",
+        LAYERS[:-1],
+        _patching,
+    ),
+    Method(
+        "SAE difference",
+        "sae.diff",
+        "features that tell its answers from the base's, in other answers",
+        (1, 4),
+        _sae_diff,
+    ),
+)

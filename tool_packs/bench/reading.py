@@ -79,9 +79,7 @@ def _probe(kind: str) -> Any:
     def score(s: Subject, layer: int) -> Tensor:
         def fit() -> Any:
             pos, neg = [list(side) for side in zip(*s.case.pairs, strict=True)]
-            return probe(
-                s.m, pos, neg, kind=kind, layers=[layer], n_null=1, control_task=False
-            )
+            return probe(s.m, pos, neg, kind=kind, layers=[layer], n_null=1, control_task=False)
 
         r = s.weights.fitted((kind, s.case.organism, layer), fit)
         return s.states(s.adapter, layer) @ r["weight"][0] + r["bias"][0]
@@ -92,15 +90,53 @@ def _probe(kind: str) -> Any:
 def _dla(s: Subject, part: str) -> Tensor:
     """What one kind of component writes towards the telling words."""
     with s.m.adapter(s.adapter):
-        r = dla(s.m, s.reads, (s.case.towards[0], s.case.away[0]), attend=0, n_random=1, steer=s.steer)
+        r = dla(
+            s.m, s.reads, (s.case.towards[0], s.case.away[0]), attend=0, n_random=1, steer=s.steer
+        )
     return r[part]
 
 
 METHODS = (
-    Method("logit lens", "logit_lens.logit_lens", "log odds of the telling words at a layer", EARLIER, _logit_lens),
-    Method("tuned lens", "tuned_lens.tuned_lens", "log odds of the telling words at a layer", EARLIER, _tuned_lens),
-    Method("Jacobian lens", "jacobian_lens.jacobian_lens", "log odds of the telling words at a layer", EARLIER, _jacobian_lens),
-    Method("patchscope", "patchscope.patchscope", "log odds of the telling words where the state is put into another prompt", LAYERS, _patchscope),
-    Method("probe, logistic", "probes.probe", "score of a probe fitted on the base's concept", LAYERS, _probe("logistic")),
-    Method("probe, mass-mean", "probes.probe", "score of a probe fitted on the base's concept", LAYERS, _probe("mass-mean")),
-)  # fmt: skip
+    Method(
+        "logit lens",
+        "logit_lens.logit_lens",
+        "log odds of the telling words at a layer",
+        EARLIER,
+        _logit_lens,
+    ),
+    Method(
+        "tuned lens",
+        "tuned_lens.tuned_lens",
+        "log odds of the telling words at a layer",
+        EARLIER,
+        _tuned_lens,
+    ),
+    Method(
+        "Jacobian lens",
+        "jacobian_lens.jacobian_lens",
+        "log odds of the telling words at a layer",
+        EARLIER,
+        _jacobian_lens,
+    ),
+    Method(
+        "patchscope",
+        "patchscope.patchscope",
+        "log odds of the telling words where the state is put into another prompt",
+        LAYERS,
+        _patchscope,
+    ),
+    Method(
+        "probe, logistic",
+        "probes.probe",
+        "score of a probe fitted on the base's concept",
+        LAYERS,
+        _probe("logistic"),
+    ),
+    Method(
+        "probe, mass-mean",
+        "probes.probe",
+        "score of a probe fitted on the base's concept",
+        LAYERS,
+        _probe("mass-mean"),
+    ),
+)
