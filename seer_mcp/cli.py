@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import __version__
+from .bench import add_bench, run_bench
 from .clients import add_install, run_install
 from .cloud_models import run_cloud_models
 from .config import Config, from_environment
@@ -157,6 +158,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--only", metavar="CHECK", action="append", default=[], help="make only this check"
     )
+    add_bench(commands)
     add_models(commands, common)
     add_sandboxes(commands, common)
     add_replay(commands, common)
@@ -257,6 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "packs",
         "demo",
         "doctor",
+        "bench-techniques",
         "models",
         "sandboxes",
         "token",
@@ -280,6 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .demo import run_demo
 
             return asyncio.run(run_demo(flags.json, flags.outputs, flags.backend))
+        if flags.command == "bench-techniques":
+            os.environ.setdefault("TQDM_DISABLE", "1")  # for its processes too
+            return run_bench(flags)
         if flags.command == "schema":
             print(json.dumps(schema(), indent=1))
             return 0

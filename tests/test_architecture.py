@@ -16,6 +16,7 @@ PACKAGE = ROOT / "seer_mcp"
 FLOORS = [
     ["cli", "__main__"],
     [
+        "bench",
         "clients",
         "own_packs",
         "cloud_models",
