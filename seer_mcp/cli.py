@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.command == "packs" and flags.verb == "new":
             return begin_pack(flags)
         config = config_of(flags)
-        log_to_stderr(flags.log_level, config.redactor)
+        log_to_stderr(flags.log_level, config.log_redactor)
         arm_faults(config.fault)
         if flags.command == "models" and getattr(flags, "backend", "local") == "modal":
             return asyncio.run(run_cloud_models(flags, config))

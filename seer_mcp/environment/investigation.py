@@ -167,9 +167,6 @@ def _parsed(file: Path) -> InvestigationFile:
     return parsed
 
 
-HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-
-
 @dataclass(frozen=True)
 class _Problem:
     says: str
@@ -309,7 +306,10 @@ class _Resolver:
         spec: SandboxSpec | None = None
         try:
             settings = {key: getattr(parsed.sandbox, key) for key in SandboxSettings.model_fields}
-            settings |= self._of_hidden(models)
+            if any(
+                model.hidden for model in models
+            ):  # where there is a network it can be looked up
+                settings["network"] = settings["network"] if self._says("network") else False
             spec = SandboxSpec.model_validate({**settings, "files": files, "models": models})
         except ValidationError as error:
             self._problems += _sentences(error)
@@ -336,22 +336,8 @@ class _Resolver:
             scoped,
         )
 
-    def _of_hidden(self, models: tuple[ModelSpec, ...]) -> dict[str, bool]:
-        """A hidden model's sandbox has no network and no token of the hub: either would tell its name."""
-        sandbox = self._parsed.sandbox
-        if not any(model.hidden for model in models):
-            return {}
-        if "network" in sandbox.model_fields_set and not sandbox.blocked:
-            self._problems.append(
-                "sandbox.network: a hidden model can be looked up where there is a network; write network = false, or "
-                "take `hidden` out"
-            )
-        if tokens := [name for name in sandbox.secrets if name in HUB_TOKENS]:
-            self._problems.append(
-                f"sandbox.secrets: {tokens[0]} tells who fetched a hidden model and lists what that account may read; "
-                "leave it out, the server fetches with its own"
-            )
-        return {"network": False}
+    def _says(self, key: str) -> bool:
+        return key in self._parsed.sandbox.model_fields_set
 
     def _name(self) -> str:
         if given := self._parsed.name:
@@ -489,10 +475,15 @@ class _Resolver:
         changes: dict[str, str] = {}
         for key in ("name", "adapter", "base"):
             value: str = getattr(model, key)
-            if value.startswith(("./", "../")) and (
-                found := self._inside(f"models[{at}].{key}", value)
-            ):
+            if not value.startswith(("./", "../")):
+                continue
+            before = len(self._problems)
+            if found := self._inside(f"models[{at}].{key}", value):
                 changes[key] = str(found)
+            elif model.hidden:  # the client reads it
+                self._problems[before:] = [
+                    f"models[{at}].{key}: there is no such folder in that of the investigation (its name is hidden)"
+                ]
         return model.model_copy(update=changes)
 
     def _to_put(self, key: str, value: str, kept_back: dict[Path, str]) -> Path | None:

@@ -12,14 +12,35 @@ from typing import Any
 from ..backends import Progress
 from ..blind import HiddenNames, check_cell, failure, judge, receipt
 from ..environment import Investigation, ModelSpec, Opening, SandboxSpec, read_investigation
-from ..errors import SandboxStartFailed, SeerError
+from ..errors import BadInput, SandboxStartFailed, SeerError
 from ..model_store import Prepared, names_of
 from ..notebook import Cell
 from ..redact import Redactor
 from .session import Session
 
 SMALL = 300_000  # bytes of a file that is read whole
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 LOGS = ("host.json", "record.json", "host.log", "kernel.log")
+
+
+def refuse_what_tells(spec: SandboxSpec) -> None:
+    """Raises BadInput for a sandbox with hidden models that could look their names up."""
+    if not hidden(spec.models):
+        return
+    if not spec.blocked:
+        raise BadInput(
+            "network",
+            list(spec.network) if isinstance(spec.network, tuple) else spec.network,
+            "a hidden model can be looked up where there is a network; write network = false under [sandbox], or take "
+            "`hidden` out",
+        )
+    if tokens := [name for name in spec.secrets if name in HUB_TOKENS]:
+        raise BadInput(
+            "secrets",
+            tokens[0],
+            "it lists what its account may read, hidden models among them; leave it out, as the server fetches "
+            "models with its own",
+        )
 
 
 def hidden(specs: Sequence[ModelSpec]) -> list[ModelSpec]:
@@ -80,9 +101,13 @@ class Blinding:
             "TRANSFORMERS_OFFLINE": "1",
         }
 
-    def without_names(self, error: SeerError) -> None:
-        """Its sentence is read by the client."""
-        error.args = (self._session.redactor.text(str(error)),)
+    def without_names(self, error: BaseException) -> None:
+        """What is said of a failed start is read by the client."""
+        clean = self._session.redactor.text
+        if isinstance(error, SeerError):
+            error.args = (clean(str(error)),)
+        elif isinstance(error, OSError) and isinstance(error.filename, str):
+            error.filename = clean(error.filename)
 
     async def open_with(
         self, opening: Iterator[Opening], found: Investigation, report: Progress
@@ -106,7 +131,9 @@ class Blinding:
         began = time.monotonic()
         report("checking that nothing tells their names")
         check = session.notebook.insert("code", check_cell(found.models))
+        session.observing = True
         await self._ran(check, "could not be checked")
+        session.observing = False
         local = session.backend_name == "local"
         said = await asyncio.to_thread(self._server_probes, found, await session.status(), rest)
         judged = judge(

@@ -41,7 +41,7 @@ class Holdings:
         """What is being started, and what failed to within the last hour."""
         self.ending: dict[str, tuple[str, EndUnconfirmed]] = {}
         """Failed starts that may have left a machine: their owner, and what is known."""
-        self.observer = Observer(config.state_dir, config.audit_code, config.redactor.child())
+        self.observer = Observer(config.state_dir, config.audit_code, config.log_redactor)
         self.book = SpendBook(config.state_dir / "spend.jsonl", self.observer.instance)
         self.work: set[asyncio.Task[Any]] = set()
         self._backends: dict[str, Backend] = {}

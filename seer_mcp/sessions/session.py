@@ -150,7 +150,9 @@ class Session:
         self.redactor = redactor or Redactor()
         """What must not be shown of it: secrets, and the names of its hidden models."""
         self.observed: dict[str, Any] | None = None
-        """What the probes of hidden models found, as they said it: for the server alone."""
+        """What the probes of hidden models found, as they said it: for the server alone, and …"""
+        self.observing = False
+        """… only while it asks for that."""
         self._events = EventRedactor(self.redactor, self._fold)
         self._sandbox: Sandbox | None = None
         self._left_behind: Callable[[], Awaitable[Path | None]] = nothing
@@ -475,7 +477,8 @@ class Session:
     def _take(self, event: Event) -> None:
         """The first to hear of an event. What probes found is judged as it is, and goes no further."""
         if event["type"] == "display" and OBSERVED in event["data"]:
-            self.observed = event["data"][OBSERVED]
+            if self.observing:
+                self.observed = event["data"][OBSERVED]
             event = {"n": event["n"], "type": "asked", "run": event.get("run")}
         self._events.take(event)
 

@@ -32,7 +32,7 @@ from ..model_store import ModelStore
 from ..money import Price, hard_stop, terms
 from ..notebook import Notebook, why_not
 from ..sharedfile import stamp
-from .blinding import Blinding, hidden
+from .blinding import Blinding, hidden, refuse_what_tells
 from .holdings import Holdings, release
 from .meter import Meter
 from .session import INSIST_SECONDS, Session
@@ -78,6 +78,7 @@ class Starts:
     ) -> Starting:
         """Begin to start a sandbox. What can be told at once is told at once, by raising."""
         self._allowed(owner, spec)
+        refuse_what_tells(spec)
         backend = await self._held.backend(spec.backend)
         source = self._existing(notebook, owner) if notebook else None
         stem = source.stem if source else investigation.name if investigation else "sandbox"
@@ -242,7 +243,7 @@ class Starts:
         session.secrets = spec.secrets
         shown = session.redactor
         if hidden(spec.models):
-            blinding = Blinding(session, self._held.observer.log.redactor, spec)
+            blinding = Blinding(session, config.log_redactor, spec)
         if order.investigation is not None:
             session.investigation = order.investigation.file
         if price is not None:
@@ -304,7 +305,7 @@ class Starts:
                 )
             await session.save()
         except BaseException as failure:
-            if blinding is not None and isinstance(failure, SeerError):
+            if blinding is not None:
                 blinding.without_names(failure)
             try:
                 if isinstance(failure, EndUnconfirmed):
