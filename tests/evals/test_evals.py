@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 pytest.importorskip("inspect_ai", reason="uv sync --extra evals")
+pytestmark = pytest.mark.timeout(300)
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).with_name("scripted.py")
@@ -39,7 +40,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
         [sys.executable, str(SCRIPT), str(folder)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=280,
         cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
