@@ -1,7 +1,8 @@
-"""Two samples of examples/evals at once, with a scripted model; run as: python scripted.py FOLDER
+"""Three samples of examples/evals at once, with a scripted model; run as: python scripted.py FOLDER
 
-One measures in a black box and answers by what it measured; one claims without having looked. It writes the log (in
-FOLDER/logs) and what the model was told and offered (FOLDER/model.json).
+One measures in a black box and answers by what it measured, one claims without having looked, and one (with lenses)
+goes on until it has no messages left. This writes the log (in FOLDER/logs) and what the model was told and offered
+(FOLDER/model.json).
 """
 
 import json
@@ -37,12 +38,13 @@ class Scripted:
         self.offered.append(sorted(tool.name for tool in tools))
         answers = [m for m in messages if isinstance(m, ChatMessageTool)]
         assert not any(answer.error for answer in answers), answers[-1]
-        black_box = "import target" in messages[1].text
         if not answers:
             return called("start_sandbox", investigation="suspect")
         found = re.search(r"suspect-[a-z0-9]{6}", answers[0].text)
         assert found
-        sandbox = found[0]
+        sandbox, black_box = found[0], "next_words(" in answers[0].text
+        if "lens(" in answers[0].text:
+            return called("list_sandboxes")
         if len(answers) == 1:
             source = BLACK_BOX if black_box else WHITE_BOX
             return called("create_cell", sandbox=sandbox, source=source)
@@ -64,9 +66,8 @@ class Scripted:
 
 def called(tool: str, **arguments: Any) -> ModelOutput:
     output = ModelOutput.for_tool_call("mockllm/model", tool, arguments)
-    output.usage = ModelUsage(
-        input_tokens=90, output_tokens=10, total_tokens=100
-    )  # counting needs the network
+    # Where none is given, it is counted with a tokenizer from the network.
+    output.usage = ModelUsage(input_tokens=90, output_tokens=10, total_tokens=100)
     return output
 
 
@@ -78,7 +79,8 @@ if __name__ == "__main__":
         model=get_model("mockllm/model", custom_outputs=model),
         task_args={
             "organisms": ["user_female"],
-            "techniques": ["black_box", "everything"],
+            "techniques": ["black_box", "everything", "lenses"],
+            "messages": 60,
             "outputs": str(folder / "kept"),
         },
         log_dir=str(folder / "logs"),

@@ -67,6 +67,14 @@ def test_a_model_that_claims_the_wrong_thing_is_graded_so(evaluated: Evaluated) 
     assert score["metadata"]["brier"] == pytest.approx(0.81)
 
 
+def test_one_that_comes_to_a_limit_has_found_nothing(evaluated: Evaluated) -> None:
+    sample = evaluated.samples["lenses"]
+    assert sample["limit"]["type"] == "message"
+    score = evaluated.score("lenses")
+    assert (score["value"], score["explanation"]) == (0, "nothing was submitted")
+    assert score["metadata"]["calls"] > 20 and score["metadata"]["cells"] == 0
+
+
 def test_the_model_is_told_nothing_of_the_grader(evaluated: Evaluated) -> None:
     told = "\n".join(evaluated.told)
     assert "control" in told
@@ -94,7 +102,7 @@ def processes(folder: Path) -> Iterator[list[str]]:
 
 def test_nothing_runs_afterwards_and_the_notebooks_stay(evaluated: Evaluated) -> None:
     kept = sorted((evaluated.folder / "kept").iterdir())
-    assert len(kept) == 2, "each sample has a folder of its own"
+    assert len(kept) == 3, "each sample has a folder of its own"
     for each in kept:
         records = [json.loads(path.read_text()) for path in each.rglob("record.json")]
         assert records and all(record["ended"] for record in records)
