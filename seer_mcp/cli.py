@@ -23,6 +23,7 @@ from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
 from .model_store.command import add_models, run_models
 from .own_packs import add_packs, begin_pack, check_packs
+from .replay import add_replay, run_replay
 from .sandboxes import add_sandboxes, run_sandboxes
 from .serve import add_scope, add_serve, add_watch, run_token
 from .sessions import make_folders
@@ -157,6 +158,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_models(commands, common)
     add_sandboxes(commands, common)
+    add_replay(commands, common)
     grades = commands.add_parser(
         "grades", parents=[common], help="what graders said of submitted findings"
     )
@@ -256,6 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "models",
         "sandboxes",
         "token",
+        "replay",
         "grades",
         "schema",
         "--version",
@@ -291,6 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return check_packs(flags, config)
         if flags.command == "sandboxes":
             return asyncio.run(run_sandboxes(flags, config))
+        if flags.command == "replay":
+            return run_replay(flags, config)
         if flags.command == "watch":
             from .watching import run_watch
 

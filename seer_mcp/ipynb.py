@@ -200,6 +200,9 @@ STATES = frozenset(
 DOCUMENT_FACTS: dict[str, type] = {
     "sandbox": str,
     "backend": str,
+    "investigation": str,
+    "environment": dict,
+    "replay_of": str,
     "folded": int,
     "version": str,
     "cost": str,

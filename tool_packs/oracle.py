@@ -575,6 +575,8 @@ def _training(m: Model, name: str) -> Iterator[list[Tensor]]:
     finally:
         for path, parameter in m.hf.named_parameters():
             parameter.requires_grad_(wanted.get(path, False))
+            if f".{name}." in path:
+                parameter.grad = None  # as large as the adapter itself
 
 
 def _loss(

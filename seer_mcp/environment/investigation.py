@@ -95,6 +95,11 @@ class Investigation:
     """What its notebook can import of other sandboxes, by name."""
 
     @property
+    def asked(self) -> str:
+        """What it is started by: NAME, or NAME/VARIANT."""
+        return self.name if self.file.name == FILE else f"{self.name}/{self.file.stem}"
+
+    @property
     def models(self) -> tuple[ModelSpec, ...]:
         return self.sandbox.models
 
@@ -160,6 +165,9 @@ def _parsed(file: Path) -> InvestigationFile:
     if problems:
         raise InvestigationRefused(str(file), problems)
     return parsed
+
+
+HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 @dataclass(frozen=True)
@@ -301,6 +309,7 @@ class _Resolver:
         spec: SandboxSpec | None = None
         try:
             settings = {key: getattr(parsed.sandbox, key) for key in SandboxSettings.model_fields}
+            settings |= self._of_hidden(models)
             spec = SandboxSpec.model_validate({**settings, "files": files, "models": models})
         except ValidationError as error:
             self._problems += _sentences(error)
@@ -326,6 +335,23 @@ class _Resolver:
             interface,
             scoped,
         )
+
+    def _of_hidden(self, models: tuple[ModelSpec, ...]) -> dict[str, bool]:
+        """A hidden model's sandbox has no network and no token of the hub: either would tell its name."""
+        sandbox = self._parsed.sandbox
+        if not any(model.hidden for model in models):
+            return {}
+        if "network" in sandbox.model_fields_set and not sandbox.blocked:
+            self._problems.append(
+                "sandbox.network: a hidden model can be looked up where there is a network; write network = false, or "
+                "take `hidden` out"
+            )
+        if tokens := [name for name in sandbox.secrets if name in HUB_TOKENS]:
+            self._problems.append(
+                f"sandbox.secrets: {tokens[0]} tells who fetched a hidden model and lists what that account may read; "
+                "leave it out, the server fetches with its own"
+            )
+        return {"network": False}
 
     def _name(self) -> str:
         if given := self._parsed.name:
