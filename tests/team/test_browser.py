@@ -31,11 +31,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 layers = np.arange(12)
-planted = 0.5 + 0.45 / (1 + np.exp(5 - layers))
-control = 0.5 + 0.03 * np.sin(layers)
 plt.figure(figsize=(5, 2.2))
-plt.plot(layers, planted, "o-", label="planted")
-plt.plot(layers, control, "s--", label="control")
+plt.plot(layers, 0.5 + 0.45 / (1 + np.exp(5 - layers)), "o-", label="planted")
+plt.plot(layers, 0.5 + 0.03 * np.sin(layers), "s--", label="control")
 plt.xlabel("layer"); plt.ylabel("probe AUROC"); plt.legend(); plt.show()"""
 STEPS = """\
 from tqdm.auto import tqdm
@@ -91,7 +89,7 @@ async def test_a_person_watches_a_notebook_grow_and_ends_it(place: Ground, tmp_p
             source="# Does it believe something about the user?\nA direction of equal norm is the control.",
         )
         async with browsing(
-            server, viewport={"width": 900, "height": 760}, color_scheme="light"
+            server, viewport={"width": 900, "height": 980}, color_scheme="light"
         ) as seen:
             page = seen.page
             await page.get_by_role("link", name="hidden-belief").click()
@@ -110,6 +108,8 @@ async def test_a_person_watches_a_notebook_grow_and_ends_it(place: Ground, tmp_p
             await page.keyboard.press("j")
             assert first and await page.evaluate("document.activeElement.id") != first
             await page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+            tops = "[...document.querySelectorAll('.actions button')].map(b => b.getBoundingClientRect().top)"
+            assert len(set(await page.evaluate(tops))) == 1  # the buttons stand in a row
             await seen.picture(folder, "watch-light")
             assert seen.complaints == []
         async with browsing(
@@ -128,7 +128,9 @@ async def test_a_person_watches_a_notebook_grow_and_ends_it(place: Ground, tmp_p
             await seen.picture(folder, "watch-dark")
             # Nothing of a notebook runs: what tries to is text.
             evil = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
-            await lab.cell(handle, f"from IPython.display import HTML\nprint({evil!r})\nHTML({evil!r})")
+            await lab.cell(
+                handle, f"from IPython.display import HTML\nprint({evil!r})\nHTML({evil!r})"
+            )
             await page.get_by_text("document.title").first.wait_for()
             assert await page.title() == "hidden-belief"
             # The end asks first, and the page says that it is over.
