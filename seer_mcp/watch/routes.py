@@ -18,7 +18,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import BaseRoute, Route
 
 from ..errors import NotFound, SeerError
-from .page import CellHtml, code_style, read_cells
+from .page import CellHtml, read_cells, style
 from .source import Card, Source, day, finished, notebook_in
 from .visitors import COOKIE, HOURS, OneTime, Visitor, Visitors
 
@@ -50,7 +50,7 @@ class Pages:
         static = files("seer_mcp.watch") / "static"
         self._static = {
             "watch.js": (static.joinpath("watch.js").read_text(), "text/javascript"),
-            "watch.css": (static.joinpath("watch.css").read_text() + code_style(), "text/css"),
+            "watch.css": (style(), "text/css"),
         }
 
     def routes(self) -> list[BaseRoute]:
