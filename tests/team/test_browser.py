@@ -140,3 +140,52 @@ async def test_a_person_watches_a_notebook_grow_and_ends_it(place: Ground, tmp_p
             assert await page.get_by_role("button", name="Stop the sandbox").count() == 0
             assert seen.complaints == []
     assert place.processes() == []
+
+
+# A host of MCP Apps, as small as can be: a page with the app in a frame, whose messages are answered by `host`.
+HOST = """
+const frame = document.createElement("iframe");
+frame.setAttribute("sandbox", "allow-scripts");
+frame.style.width = "600px";
+frame.srcdoc = html;
+addEventListener("message", async ({ data }) => {
+  if (data.method === "ui/notifications/size-changed") frame.style.height = `${data.params.height}px`;
+  if (data.method === "ui/notifications/initialized")
+    frame.contentWindow.postMessage({ jsonrpc: "2.0", method: "ui/notifications/tool-result", params: result }, "*");
+  if (data.id === undefined) return;
+  frame.contentWindow.postMessage({ jsonrpc: "2.0", id: data.id, ...(await host(data.method, data.params)) }, "*");
+});
+document.body.append(frame);
+"""
+
+
+@pytest.mark.timeout(120)
+async def test_a_host_of_mcp_apps_shows_the_notebook_beside_the_chat(place: Ground) -> None:
+    async with http_server(place.config()) as server, server.lab() as lab, browsing(server) as seen:
+        result = await lab.call("start_sandbox", name="beside-the-chat")
+        handle = result.meta["seer/sandbox"]["handle"]
+        (app,) = (await lab.client.read_resource("ui://seer/notebook.html")).contents
+
+        async def host(method: str, params: Any) -> dict[str, Any]:
+            if method == "ui/initialize":
+                assert params["appInfo"]["name"] == "seer-mcp"
+                context = {"theme": "dark"}
+                return {"result": {"protocolVersion": "2026-01-26", "hostContext": context}}
+            assert method == "resources/read", method
+            read = await lab.client.read_resource(params["uri"], cache_mode="bypass")
+            return {"result": read.model_dump(mode="json", by_alias=True, exclude_none=True)}
+
+        page = await seen.page.context.new_page()
+        await page.expose_function("host", host)
+        given = {"html": app.text, "result": result.model_dump(mode="json", by_alias=True)}
+        await page.goto("about:blank")
+        await page.evaluate(f"({{ html, result }}) => {{ {HOST} }}", given)
+        frame = page.frame_locator("iframe")
+        await frame.get_by_text("beside-the-chat").wait_for()
+        await lab.cell(handle, "print('six times seven is', 6 * 7)")
+        await frame.get_by_text("six times seven is 42").wait_for()
+        await lab.cell(handle, "1/0")
+        await frame.get_by_text("ZeroDivisionError").first.wait_for()
+        assert await frame.locator(".cell").count() == 2
+        await lab.ok("stop_sandbox", sandbox=handle)
+        await frame.locator(".badge.ended").wait_for()
