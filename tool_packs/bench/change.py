@@ -140,7 +140,7 @@ def _sae_diff(s: Subject, k: int) -> Tensor:
     return fired[0] - fired[1]
 
 
-STRENGTHS = tuple((layer, strength) for layer in (1, 2, 3, 4) for strength in (1.0, 2.0))
+STRENGTHS = tuple((layer, strength) for layer in (1, 3) for strength in (1.0, 2.0))
 
 METHODS = (
     Method(
@@ -203,7 +203,7 @@ METHODS = (
         "SAE difference",
         "sae.diff",
         "features that tell its answers from the base's, in other answers",
-        (1, 4),
+        (4,),
         _sae_diff,
     ),
 )
