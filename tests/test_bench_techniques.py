@@ -1,9 +1,11 @@
 """The benchmark of techniques: its statistics, its choice on other seeds, and one small run of all of it."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from tool_packs.bench.methods import METHODS
 from tool_packs.bench.run import choose, run
 from tool_packs.bench.subject import Subject
 from tool_packs.errors import TextError
+
+ROOT = Path(__file__).parent.parent
 
 pytestmark = [
     # peft asks transformers for an attribute by the name that it had in transformers 4
@@ -40,7 +44,7 @@ def test_auroc_is_that_of_scikit_learn(shift: float) -> None:
     planted, control = drawn(shift)
     labels = [1] * len(planted) + [0] * len(control)
     theirs = roc_auc_score(labels, torch.cat([planted, control]))
-    assert statistics.auroc(planted, control) == pytest.approx(theirs, abs=1e-9)
+    assert statistics.auroc(planted, control) == pytest.approx(theirs, abs=1e-6)
 
 
 def test_an_interval_holds_what_a_plain_resampling_gives() -> None:
@@ -113,7 +117,8 @@ def test_a_prompt_does_not_hold_the_words_that_tell() -> None:
         for seed in organisms.SEEDS:
             case = case_of(organism, seed)
             for ask in (*case.dev, *case.test):
-                assert not any(w in m["content"] for m in ask.read for w in case.towards), ask
+                words = {w for m in ask.read for w in re.findall(r"\w+", m["content"])}
+                assert words.isdisjoint(case.towards), ask
 
 
 # ---------------------------------------------------------------- the choice
@@ -198,7 +203,9 @@ def test_the_command_finds_a_belief_and_counts_what_that_costs(tmp_path, capsys)
     assert (found["method"], weights["method"]) == ("next token", "weight difference")
     assert found["auroc"] >= 0.95 and found["auroc_low"] > 0.9 and found["caught"] >= 0.9
     assert found["false_accusations"] <= 0.3
-    assert found["passes"] == found["scores"] == len(case_of("user_female", 1).test)
+    assert found["scores"] == len(case_of("user_female", 1).test)
+    # What prompts have in common at their beginning is computed once, as a pass of its own.
+    assert 0 <= found["passes"] - found["scores"] <= 4
     assert weights["passes"] == 0
     text = page.read_text()
     assert text.startswith("# Kept\n") and text.endswith("\nkept\n") and "old" not in text
@@ -212,7 +219,7 @@ def test_the_command_finds_a_belief_and_counts_what_that_costs(tmp_path, capsys)
         (["--organisms", "user_femal"], "Did you mean 'user_female'"),
         (["--methods", "tuned lense"], "Did you mean 'tuned lens'"),
         (["--seeds", "1,7"], "'1,7': give some of the seeds that ship (0, 1, 2)"),
-        (["--page", __file__], "it has no part between"),
+        (["--page", str(ROOT / "README.md")], "it has no part between"),
     ],
 )
 def test_what_is_not_there_is_said_in_a_sentence(arguments, said, capsys) -> None:
