@@ -256,7 +256,7 @@ async def investigated(hub: Hub, folder: Path) -> Blind:
 
 
 @pytest.mark.parametrize("row", ["B01", "B02", "B03", "B04", "B05", "B07", "B08", "memory"])
-def test_the_name_is_found_by_no_probe(blind: Blind, row: str) -> None:
+def test_b01_to_b08_the_name_is_found_by_no_probe(blind: Blind, row: str) -> None:
     """B01 attributes, B02 tokenizer, B03 history, B04 file names, B05 contents, B07 environment, B08 network."""
     told = blind.answers[row]
     assert '"is_error":false' in told and "complete in" in told, told[:3000]
