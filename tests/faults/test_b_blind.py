@@ -270,7 +270,7 @@ def test_b01_attributes_of_model_configurations_and_adapter_do_not_tell(blind: B
 
 def test_b02_tokenizer_template_and_special_tokens_do_not_tell(blind: Blind) -> None:
     told = read(blind, "B02")
-    assert "the template of model_1" in told and "<|model_1|>" in told
+    assert "the template of model_1" in told and "<|model_1_base|>" in told
 
 
 def test_b03_history_and_tracebacks_do_not_tell(blind: Blind) -> None:
