@@ -46,6 +46,7 @@ from .packs import Packs
 from .plugins import pack_folders
 from .redact import Redactor
 from .sessions import Bridges, Register, Session
+from .skills import Skills
 from .tools import build_tools
 from .tools.seam import (
     argument_errors,
@@ -163,7 +164,7 @@ class SeerServer(MCPServer[None]):
     def scope_needed(self, method: str, name: str) -> str | None:
         """The scope that a request needs; None for those that any token may make."""
         if method != "tools/call":
-            return "sandboxes:read" if method.startswith("resources/") else None
+            return "sandboxes:read" if method.startswith(("resources/", "skills/")) else None
         tool = self._tool_manager.get_tool(name)
         return None if tool is None else scope_of(tool)  # what is not there is said to everybody
 
@@ -206,6 +207,7 @@ def build_server(
     register = Register(config, packs)
     bus = OwnersBus(register)
     bridges = Bridges(register)
+    skills = Skills(register)
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[None]) -> AsyncGenerator[None]:
@@ -225,12 +227,14 @@ def build_server(
         tools=build_tools(register),
         lifespan=lifespan,
         subscriptions=bus,
+        extensions=[skills],
         token_verifier=token_verifier,
         auth=auth,
         log_level="WARNING",
     )
     server.register = register
     add_resources(server, register)
+    add_skill_files(server, skills)
     add_notices(server, register, bus)
     return server
 
@@ -257,6 +261,16 @@ def add_resources(server: MCPServer[None], register: Register) -> None:
             return session.redactor.text(session.notebook.cell(cell).json())
         except NotFound as error:
             raise ResourceNotFoundError(str(error)) from error
+
+
+def add_skill_files(server: MCPServer[None], skills: Skills) -> None:
+    @server.resource("skill://{+path}", mime_type="text/markdown")
+    async def skill_file(path: str) -> str:
+        """A file of a skill: how to investigate, or all about a pack or a technique."""
+        text = await asyncio.to_thread(skills.read, f"skill://{path}")
+        if text is None:
+            raise ResourceNotFoundError(f"there is no skill file skill://{path[:200]}")
+        return text
 
 
 class OwnersBus(InMemorySubscriptionBus):

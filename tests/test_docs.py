@@ -48,7 +48,7 @@ def test_the_first_block_of_the_readme_holds_the_two_commands() -> None:
 
 def test_every_command_line_of_ours_in_the_docs_can_be_parsed() -> None:
     lines = [
-        shlex.split(line.split(" > ")[0], comments=True)
+        shlex.split(line.split(" > ")[0].removesuffix(" &"), comments=True)
         for page in [README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
         for block in re.findall(r"```console\n(.*?)```", page, re.S)
         for line in block.splitlines()

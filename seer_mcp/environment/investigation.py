@@ -95,6 +95,11 @@ class Investigation:
     """What its notebook can import of other sandboxes, by name."""
 
     @property
+    def asked(self) -> str:
+        """What it is started by: NAME, or NAME/VARIANT."""
+        return self.name if self.file.name == FILE else f"{self.name}/{self.file.stem}"
+
+    @property
     def models(self) -> tuple[ModelSpec, ...]:
         return self.sandbox.models
 

@@ -783,6 +783,11 @@ class Session:
         self.lease.heard(found)
         return found
 
+    async def installed(self) -> dict[str, Any]:
+        """Versions of what the kernel can import: python, machine, packages."""
+        found = await self._linked().request("installed")
+        return {key: found[key] for key in ("python", "machine", "packages") if key in found}
+
     async def extend(self, lifetime: float | None, idle_limit: float | None) -> Lease:
         """Move the end of the lease: seconds from now, and without use. The host knows the bound."""
         wanted = {"lifetime": lifetime, "idle_limit": idle_limit}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import __version__
 from ..backends import Backend, Place, Progress
 from ..environment import Investigation, SandboxSpec, opening_cells
 from ..errors import (
@@ -289,11 +290,19 @@ class Starts:
             await session.kernel_ready(READY_SECONDS)
             await session.status()
             fault_point("start.ready")
-            document.metadata["seer"] = {"sandbox": handle, "backend": spec.backend}
+            document.metadata["seer"] = {
+                "sandbox": handle,
+                "backend": spec.backend,
+                "environment": await self._environment(session, spec),
+            }
+            if order.investigation is not None:
+                document.metadata["seer"]["investigation"] = order.investigation.asked
             session.note_cost()
             document.unhold()
-            if order.investigation is not None and source is None:
-                await self._open_with(session, order.investigation, report, blinding)
+            if order.investigation is not None:
+                await self._open_with(
+                    session, order.investigation, source is None, report, blinding
+                )
             await session.save()
         except BaseException as failure:
             if blinding is not None:
@@ -312,18 +321,26 @@ class Starts:
         self._held.note("started", session)
         return session
 
+    async def _environment(self, session: Session, spec: SandboxSpec) -> dict[str, object]:
+        """What the notebook says that it was made with."""
+        gpu = {"gpu": f"{spec.gpu_count} x {spec.gpu}"} if spec.gpu else {}
+        return {"seer-mcp": __version__, **gpu, **await session.installed()}
+
     async def _open_with(
         self,
         session: Session,
         found: Investigation,
+        empty: bool,
         report: Progress,
         blinding: Blinding | None,
     ) -> None:
-        """Begin the notebook with the task, and have the cells run that load models and set up."""
+        """What its notebook imports; an empty one begins with the task and the cells that load models and set up."""
         for name, scope in found.scoped.items():
             assert scope.interface is not None
             text = module_source(name, scope.interface)
             await session.write_file(f"{name}.py", text.encode())
+        if not empty:
+            return
         if blinding is not None:
             await blinding.open_with(opening_cells(found), found, report)
             return
