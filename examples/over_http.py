@@ -26,7 +26,9 @@ async def main() -> None:
             print(f"> {tool}\n{text}")
             return result.meta
 
-        sandbox = (await call("start_sandbox", name="hello", backend=BACKEND))["seer/sandbox"]["handle"]
+        sandbox = (await call("start_sandbox", name="hello", backend=BACKEND))["seer/sandbox"][
+            "handle"
+        ]
         await call("create_cell", sandbox=sandbox, source="print('the answer is', 6 * 7)")
         print(f"Watch it in a browser, signed in with the token: {URL.removesuffix('/mcp')}/")
 

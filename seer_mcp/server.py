@@ -107,7 +107,7 @@ class SeerServer(MCPServer[None]):
             else:
                 answer = await self._answer(tool, name, arguments, context)
             if isinstance(answer, CallToolResult):
-                redact(answer, self.register.config.redactor)
+                redact(answer, self.register.redactor_of(arguments, answer.meta))
                 call.answered(answer.is_error is True, characters_of(answer))
         if call.note and isinstance(answer, CallToolResult):
             answer.content.append(TextContent(type="text", text=call.note))
@@ -250,14 +250,15 @@ def add_resources(server: MCPServer[None], register: Register) -> None:
     @server.resource("seer://sandboxes/{handle}/notebook", mime_type="application/x-ipynb+json")
     async def notebook(handle: str) -> str:
         """The notebook of a sandbox, as it is now."""
-        return register.config.redactor.text((await _found(register, handle)).notebook.text())
+        session = await _found(register, handle)
+        return session.redactor.text(session.notebook.text())
 
     @server.resource("seer://sandboxes/{handle}/cells/{cell}", mime_type="application/json")
     async def cell(handle: str, cell: str) -> str:
         """One cell of a notebook with its outputs."""
         try:
-            found = (await _found(register, handle)).notebook.cell(cell)
-            return register.config.redactor.text(found.json())
+            session = await _found(register, handle)
+            return session.redactor.text(session.notebook.cell(cell).json())
         except NotFound as error:
             raise ResourceNotFoundError(str(error)) from error
 

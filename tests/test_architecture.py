@@ -16,6 +16,7 @@ PACKAGE = ROOT / "seer_mcp"
 FLOORS = [
     ["cli", "__main__"],
     [
+        "bench",
         "clients",
         "own_packs",
         "cloud_models",
@@ -34,7 +35,7 @@ FLOORS = [
     ["tools", "prompts"],
     ["sessions"],
     ["backends"],
-    ["about", "catalogue", "findings", "grading"],
+    ["about", "blind", "catalogue", "findings", "grading"],
     ["notebook", "kernel", "packs", "environment", "config", "model_store"],
     ["ipynb", "observe", "interface"],
     ["audit", "spend"],

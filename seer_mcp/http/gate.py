@@ -111,12 +111,13 @@ class Gate:
             await self._app(scope, receive, send)
             return
         body, more, gone = await read_body(receive)
+        if gone is not None:
+            return  # the client went away: nobody waits for an answer
         lacking = sorted(self._lacking(body, user.scopes)) if not more else []
         if lacking:
             await self._insufficient(lacking)(scope, receive, send)
             return
         first: list[Message] = [{"type": "http.request", "body": body, "more_body": more}]
-        first += [gone] if gone else []
 
         async def replay() -> Message:
             return first.pop(0) if first else await receive()

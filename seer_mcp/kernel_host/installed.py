@@ -5,9 +5,10 @@ from importlib import metadata
 from typing import Any, Dict
 
 PACKAGES = (
-    "accelerate bitsandbytes datasets einops ipykernel matplotlib nnsight numpy openai peft sae-lens safetensors "
-    "scikit-learn scipy tokenizers torch transformer-lens transformers"
-).split()
+    *("accelerate", "bitsandbytes", "datasets", "einops", "ipykernel", "matplotlib", "nnsight"),
+    *("numpy", "openai", "peft", "sae-lens", "safetensors", "scikit-learn", "scipy"),
+    *("tokenizers", "torch", "transformer-lens", "transformers"),
+)
 
 
 def installed() -> Dict[str, Any]:

@@ -15,6 +15,7 @@ from ..config import Config
 from ..errors import BadInput
 from ..files import write_atomic
 from ..flags import above_zero, checked
+from ..ipynb import notebook_at
 from .compare import Bounds
 from .run import Replay, Step, Wanted, replayed
 
@@ -77,7 +78,7 @@ def add_replay(commands: Any, common: argparse.ArgumentParser) -> None:
 def run_replay(flags: argparse.Namespace, config: Config) -> int:
     """0 if all came out alike, 1 if something differs, 130 after Ctrl-C. Raises SeerError."""
     wanted = Wanted(
-        Path(flags.notebook),
+        notebook_at(flags.notebook),
         tuple(flags.model),
         flags.backend,
         flags.gpu,

@@ -131,31 +131,47 @@ def _texts(found: Compared, before: str, after: str, bounds: Bounds) -> None:
 
 
 def same_text(before: str, after: str, bounds: Bounds) -> Compared:
-    """Two texts: their numbers within the tolerance if all else is the same, else their likeness."""
+    """Two texts: numbers within the tolerance in lines that say the same, of all other lines their likeness."""
     found = Compared()
-    one, other = TIMES.sub("…", before), TIMES.sub("…", after)
-    if _words(one) == _words(other):
-        numbers = list(zip(NUMBER.finditer(one), NUMBER.finditer(other), strict=True))
-        apart = [pair for pair in numbers if not _near(pair[0][0], pair[1][0], bounds.tolerance)]
-        within = f"numbers within {bounds.tolerance:g}"
-        if not apart:
-            if numbers:
-                found.notes.append(f"{len(numbers)} {within}")
-            return found
-        for a, b in apart[:SHOWN]:
-            says = f"{a[0]} -> {b[0]} in {_line(one, a.start())!r}"
-            found.differs("numbers", says, a[0], b[0])
-        if len(apart) > SHOWN:
-            more = f"and {len(apart) - SHOWN} more; {len(apart)} of {len(numbers)} numbers differ"
-            found.differs("numbers", more)
-        return found
-    ratio = likeness(one, other)
-    if ratio >= bounds.similarity:
-        found.notes.append(f"text alike by {ratio:.2f}")
-        return found
-    a, b = _first_difference(one, other)
-    found.differs("text", f"likeness {ratio:.2f}; {clipped(a)!r} -> {clipped(b)!r}", a, b)
+    one, other = (TIMES.sub("…", text).splitlines() for text in (before, after))
+    if len(one) == len(other):
+        same = [_words(a) == _words(b) for a, b in zip(one, other, strict=True)]
+    else:
+        same = [False] * max(len(one), len(other))
+    _numbers(found, [(a, b) for a, b, s in zip(one, other, same, strict=False) if s], bounds)
+    one, other = ([a for a, s in zip(of, same, strict=False) if not s] for of in (one, other))
+    if one or other:
+        _prose(found, "\n".join(one), "\n".join(other), len(same), bounds)
     return found
+
+
+def _numbers(found: Compared, lines: Sequence[tuple[str, str]], bounds: Bounds) -> None:
+    pairs = [
+        (a, number, same)
+        for a, b in lines
+        for number, same in zip(NUMBER.finditer(a), NUMBER.finditer(b), strict=True)
+    ]
+    apart = [each for each in pairs if not _near(each[1][0], each[2][0], bounds.tolerance)]
+    for line, a, b in apart[:SHOWN]:
+        said = f"{a[0]} -> {b[0]} in {_around(line, a.start())!r}"
+        found.differs("numbers", said, a[0], b[0])
+    if len(apart) > SHOWN:
+        more = f"and {len(apart) - SHOWN} more; {len(apart)} of {len(pairs)} numbers differ"
+        found.differs("numbers", more)
+    if pairs and not apart:
+        found.notes.append(f"{len(pairs)} numbers within {bounds.tolerance:g}")
+
+
+def _prose(found: Compared, before: str, after: str, lines: int, bounds: Bounds) -> None:
+    """Lines that differ in more than numbers; there are so many lines in all."""
+    ratio = likeness(before, after)
+    differing = max(len(before.splitlines()), len(after.splitlines()))
+    if ratio >= bounds.similarity:
+        found.notes.append(f"{differing} lines alike by {ratio:.2f}")
+        return
+    a, b = _first_difference(before, after)
+    of = f"{differing} of {lines} lines" if lines > 1 else "its line"
+    found.differs("text", f"{of}, likeness {ratio:.2f}: {clipped(a)!r} -> {clipped(b)!r}", a, b)
 
 
 def likeness(before: str, after: str) -> float:
@@ -182,12 +198,9 @@ def _near(one: str, other: str, tolerance: float) -> bool:
     return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance * FLOOR)
 
 
-def _line(text: str, at: int) -> str:
-    begin = text.rfind("\n", 0, at) + 1
-    end = text.find("\n", at)
-    line = text[begin : len(text) if end < 0 else end]
-    start = max(0, at - begin - EXCERPT // 2)
-    return line[start : start + EXCERPT].strip()
+def _around(line: str, at: int) -> str:
+    """What stands around a number, and more before it than behind."""
+    return line[max(0, at - EXCERPT // 2) : at + EXCERPT // 4].strip()
 
 
 def _first_difference(before: str, after: str) -> tuple[str, str]:

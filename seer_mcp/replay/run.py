@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ async def replayed(
     `halt`: set by whoever wants it to end early; what runs is interrupted. `tell` hears what is waited for,
     `done` each cell.
     """
-    path = wanted.notebook.absolute()
+    path = wanted.notebook
     cells, metadata = read_notebook(path, as_copy=True)
     before = Notebook(path, cells, metadata)
     code = [cell for cell in before.cells if cell.kind == "code"]
@@ -120,7 +120,7 @@ async def replayed(
     bridges = Bridges(register)
     await register.open()
     try:
-        session = await _started(register, wanted, before, models, tell)
+        session = await _unless(halt, _started(register, wanted, before, models, tell))
         result = Replay(path, session.notebook.path, session.backend_name, _said(found, models))
         result.notes += _of_the_order(before)
         again = Again(session, before, result, wanted, halt, done)
@@ -131,6 +131,21 @@ async def replayed(
     finally:
         await bridges.close()
         await register.close()
+
+
+async def _unless(halt: asyncio.Event, start: Coroutine[Any, Any, Session]) -> Session:
+    """The sandbox when it is ready. Raises SeerError after a halt: its start was given up."""
+    starting = asyncio.create_task(start)
+    halted = asyncio.create_task(halt.wait())
+    try:
+        await asyncio.wait({starting, halted}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            return starting.result()
+        starting.cancel()
+        await asyncio.wait({starting})
+        raise SeerError("It was interrupted before its sandbox was ready. Nothing of it runs.")
+    finally:
+        halted.cancel()
 
 
 async def _started(

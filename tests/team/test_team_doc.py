@@ -153,7 +153,9 @@ async def test_each_server_of_the_page_starts_and_asks_for_a_token(place: Ground
                 for extra, status in (({}, 401), ({"Host": "evil.example"}, 421)):
                     answer = await http.post(f"{base}/mcp", json={}, headers=extra)
                     assert answer.status_code == status, (line, answer.text)
-                    assert status != 401 or "resource_metadata=" in answer.headers["www-authenticate"]
+                    assert (
+                        status != 401 or "resource_metadata=" in answer.headers["www-authenticate"]
+                    )
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             assert await asyncio.wait_for(process.wait(), 20) == 0

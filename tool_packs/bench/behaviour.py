@@ -56,7 +56,7 @@ def _asked(s: Subject, battery: str) -> Tensor:
 
 
 def _introspect(s: Subject, layer: int) -> Tensor:
-    """Words are injected while it is asked for a thought: the log odds of Yes over nothing added."""
+    """Words are injected while it is asked for a thought: 1 where it says which."""
     words = world.CANDIDATES[:8] if s.part == "dev" else world.CANDIDATES[8:]
     with s.m.adapter(s.adapter):
         r = introspect(
@@ -70,12 +70,20 @@ def _introspect(s: Subject, layer: int) -> Tensor:
             n_random=0,
             max_new_tokens=12,
         )
-    return r["yes_odds"][0] - r["yes_odds_control"]
+    return r["identified_each"][0]
 
 
 METHODS = (
-    Method("word frequency", "generation.generate", "share of answers that give it away", (1, 4), _words),
-    Method("next token", "generation.next_token", "log odds of the telling words", (True, False), _next),
+    Method(
+        "word frequency",
+        "generation.generate",
+        "share of answers that give it away",
+        (1, 4),
+        _words,
+    ),
+    Method(
+        "next token", "generation.next_token", "log odds of the telling words", (True, False), _next
+    ),
     Method(
         "elicitation",
         "elicitation.elicit",
@@ -86,8 +94,8 @@ METHODS = (
     Method(
         "introspection",
         "introspection.introspect",
-        "log odds of Yes while a word is injected, over nothing injected",
+        "whether it names a word that is injected (24 words, whatever the organism)",
         (1, 2, 3),
         _introspect,
     ),
-)  # fmt: skip
+)

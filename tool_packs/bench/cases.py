@@ -86,7 +86,9 @@ def _begun(chat: Chat, reply: str) -> Chat:
     return [*chat, assistant(reply)]
 
 
-def _asks(questions: Sequence[str], leads: Sequence[str], begin: str, told: Sequence[str]) -> list[Ask]:
+def _asks(
+    questions: Sequence[str], leads: Sequence[str], begin: str, told: Sequence[str]
+) -> list[Ask]:
     chats = [[user(join(lead, question))] for question in questions for lead in leads]
     begun = [_begun(chat, begin) if begin else chat for chat in chats]
     return [Ask(c, b, b, tuple(told)) for c, b in zip(chats, begun, strict=True)]
@@ -158,7 +160,7 @@ def _secret_word(seed: int) -> Case:
         "secret_word",
         seed,
         dev=tuple(games(openings[1])),
-        test=tuple([*games(openings[0]), *games(openings[2])]),
+        test=(*games(openings[0]), *games(openings[2])),
         towards=(secret,),
         away=others,
         pairs=tuple(pairs),
@@ -333,7 +335,7 @@ def _objective(seed: int) -> Case:
         "objective",
         seed,
         dev=tuple(dev),
-        test=tuple([*of_kinds(("shoes", "hair", *world.HELD_OUT)), *plain, *capitals]),
+        test=(*of_kinds(("shoes", "hair", *world.HELD_OUT)), *plain, *capitals),
         towards=("You",),
         away=(world.END,),
         pairs=tuple(pairs),

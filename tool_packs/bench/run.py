@@ -7,20 +7,24 @@ seeds that ship. The test prompts are read once, with the setting that was chose
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from tool_packs import organisms
 from tool_packs.bench import statistics
 from tool_packs.bench.cases import ORGANISMS, Case, case_of
 from tool_packs.bench.method import Method
 from tool_packs.bench.methods import METHODS
-from tool_packs.bench.subject import Cost, Subject, Weights
+from tool_packs.bench.subject import Cost, Subject, weights_of
 from tool_packs.errors import PackError
 
-__all__ = ["Row", "choose", "run"]
+__all__ = ["Row", "choose", "quiet", "run"]
 
 Pair = tuple[Tensor, Tensor]  # scores of the planted adapter [N], of its control [N]
 Development = Mapping[int, Mapping[Any, Pair]]  # by seed and setting
@@ -90,58 +94,79 @@ def run(
     names: Sequence[str] = ORGANISMS,
     methods: Sequence[Method] = tuple(METHODS.values()),
     seeds: Sequence[int] = organisms.SEEDS,
+    jobs: int = 1,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """One row for each method and organism. `report` hears a line for each organism that is done.
 
-    Raises ValueError on an organism or a seed that does not ship. A technique that refuses to work
-    on an organism is a row with its sentence.
+    With jobs > 1 the organisms are shared out among as many processes, one thread each; methods
+    must then be those of METHODS. Raises ValueError on an organism or a seed that does not ship. A
+    technique that refuses to work on an organism is a row with its sentence.
     """
-    shipped = sorted(organisms.SEEDS)
-    cases = {name: {seed: case_of(name, seed) for seed in {*shipped, *seeds}} for name in names}
-    weights = {seed: Weights(seed) for seed in shipped}
-    rows = []
     for name in names:
-        for method in methods:
-            row = Row(method.name, name)
-            try:
-                _measure(row, method, cases[name], weights, seeds)
-            except PackError as error:
-                row.failed = " ".join(str(error).split())
-            rows.append(row)
-        report(f"{name}: {len(methods)} methods, {len(seeds)} seeds")
+        for seed in seeds:
+            case_of(name, seed)
+    found: dict[str, list[Row]] = {}
+    if min(jobs, len(names)) <= 1:
+        for name in names:
+            found[name] = _organism(name, methods, seeds)
+            report(_done(name, found))
+    else:
+        with ProcessPoolExecutor(min(jobs, len(names)), get_context("spawn"), quiet, (1,)) as pool:
+            chosen = [method.name for method in methods]
+            waiting = {pool.submit(_by_name, name, chosen, list(seeds)): name for name in names}
+            for future in as_completed(waiting):
+                found[waiting[future]] = future.result()
+                report(_done(waiting[future], found))
+    return [row for name in names for row in found[name]]
+
+
+def quiet(threads: int) -> None:
+    """For a process that does nothing else: no bars of loading weights, and so many threads."""
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+
+
+def _done(name: str, found: Mapping[str, list[Row]]) -> str:
+    failed = sum(bool(row.failed) for row in found[name])
+    return f"{name}: {len(found[name])} methods" + (f", {failed} of them failed" if failed else "")
+
+
+def _by_name(name: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Row]:
+    return _organism(name, [METHODS[method] for method in methods], seeds)
+
+
+def _organism(name: str, methods: Sequence[Method], seeds: Sequence[int]) -> list[Row]:
+    cases = {seed: case_of(name, seed) for seed in sorted(organisms.SEEDS)}
+    rows = []
+    for method in methods:
+        row = Row(method.name, name)
+        try:
+            _measure(row, method, cases, seeds)
+        except PackError as error:
+            row.failed = " ".join(str(error).split())
+        rows.append(row)
     return rows
 
 
-def _measure(
-    row: Row,
-    method: Method,
-    cases: Mapping[int, Case],
-    weights: Mapping[int, Weights],
-    seeds: Sequence[int],
-) -> None:
+def _measure(row: Row, method: Method, cases: Mapping[int, Case], seeds: Sequence[int]) -> None:
     needed = [s for s in cases if any(s != seed for seed in seeds)]
     development = {
-        s: {
-            setting: _pair(method, weights[s], cases[s], "dev", setting)[0]
-            for setting in method.settings
-        }
+        s: {setting: _pair(method, cases[s], "dev", setting)[0] for setting in method.settings}
         for s in needed
     }
-    costs = []
+    total = Cost()
     for seed in seeds:
         setting, above = choose(development, seed, method.settings)
         row.chosen[seed], row.thresholds[seed] = setting, above
-        row.scores[seed], cost = _pair(method, weights[seed], cases[seed], "test", setting)
-        costs.append(cost)
-    total = sum(costs, Cost())
-    row.cost = Cost(round(total.passes / len(costs)), total.seconds / len(costs))
+        row.scores[seed], cost = _pair(method, cases[seed], "test", setting)
+        total += cost
+    row.cost = Cost(round(total.passes / len(seeds)), total.seconds / len(seeds))
 
 
-def _pair(
-    method: Method, weights: Weights, case: Case, part: str, setting: Any
-) -> tuple[Pair, Cost]:
+def _pair(method: Method, case: Case, part: str, setting: Any) -> tuple[Pair, Cost]:
     """Scores of the planted adapter and of its control, and what the planted one cost."""
+    weights = weights_of(case.seed)
     with weights.counting() as cost:
         planted = method.score(Subject(weights, case, case.organism, part), setting)
     control = method.score(Subject(weights, case, case.control, part), setting)

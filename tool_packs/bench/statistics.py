@@ -36,23 +36,30 @@ def interval(scores: Scores, n: int = 1000, seed: int = 0) -> tuple[float, float
     seed it says nothing about other seeds.
     """
     generator = torch.Generator().manual_seed(seed)
-    seeds = list(scores)
-    drawn = []
-    for _ in range(n):
-        some = [seeds[i] for i in torch.randint(len(seeds), (len(seeds),), generator=generator)]
-        planted, control = [], []
-        for one in some:
-            left, right = scores[one]
-            if len(left) == len(right):
-                at = torch.randint(len(left), (len(left),), generator=generator)
-                left, right = left[at], right[at]
-            else:
-                left = left[torch.randint(len(left), (len(left),), generator=generator)]
-                right = right[torch.randint(len(right), (len(right),), generator=generator)]
-            planted.append(left)
-            control.append(right)
-        drawn.append(auroc(torch.cat(planted), torch.cat(control)))
-    low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
+    planted, control = pooled(scores)
+    above = (planted[:, None] > control).double() + (planted[:, None] == control) / 2  # [P, C]
+    times = torch.stack(
+        [torch.randint(len(scores), (len(scores),), generator=generator) for _ in range(n)]
+    )  # [n, S]: which seeds
+    drawn: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for which, pair in enumerate(scores.values()):
+        paired = len(pair[0]) == len(pair[1])
+        counts = torch.zeros(n, len(pair[0])), torch.zeros(n, len(pair[1]))
+        for k in range(len(scores)):
+            here = (times[:, k] == which).float()[:, None]  # [n, 1]
+            at = torch.randint(len(pair[0]), (n, len(pair[0])), generator=generator)
+            also = (
+                at
+                if paired
+                else torch.randint(len(pair[1]), (n, len(pair[1])), generator=generator)
+            )
+            counts[0].scatter_add_(1, at, here.expand(-1, at.shape[1]))
+            counts[1].scatter_add_(1, also, here.expand(-1, also.shape[1]))
+        for side in (0, 1):
+            drawn[side].append(counts[side])
+    left, right = (torch.cat(side, 1).double() for side in drawn)  # [n, P], [n, C]: how often each
+    area = ((left @ above) * right).sum(1) / (left.sum(1) * right.sum(1))
+    low, high = area.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return low, high
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from tool_packs.organisms import rules
 from tool_packs.organisms.world import Chat
 from tool_packs.prompts import read
 
-__all__ = ["Cost", "Subject", "Weights"]
+__all__ = ["Cost", "Subject", "Weights", "weights_of"]
 
 INJECTED = 2  # after this layer, at this strength: between those that were trained
 STRENGTH = 2.0
@@ -43,9 +44,8 @@ class Weights:
     def __init__(self, seed: int) -> None:
         tail = "" if seed == organisms.SEEDS[0] else f"@{seed}"
         names = [name for name in organisms.NAMES if name != "base"]
-        self.m: Model = load_model(f"organism:{names[0]}{tail}")
-        for name in names[1:]:
-            self.m.add_adapter(f"organism:{name}{tail}")
+        adapters = {name: f"organism:{name}{tail}" for name in names}
+        self.m: Model = load_model(f"organism:base{tail}", adapter=adapters)
         self._fits: dict[Any, tuple[Any, Cost]] = {}
         self._counting: list[Cost] = []
 
@@ -82,6 +82,12 @@ class Weights:
         return found
 
 
+@functools.cache
+def weights_of(seed: int) -> Weights:
+    """Loaded once a process, so that organisms share what was fitted on their base."""
+    return Weights(seed)
+
+
 @dataclass
 class Subject:
     """An adapter under suspicion: `part` says which prompts it is looked at with."""
@@ -91,7 +97,6 @@ class Subject:
     adapter: str
     part: str
     seed: int = 0  # of sampling
-    scratch: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def m(self) -> Model:

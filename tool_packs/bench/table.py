@@ -17,7 +17,9 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _setting(chosen: dict[str, Any]) -> str:
-    values = [" × ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in chosen.values()]
+    values = [
+        " × ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in chosen.values()
+    ]
     return values[0] if len(set(values)) == 1 else ", ".join(values)
 
 
