@@ -13,11 +13,13 @@ from weakref import WeakSet
 
 import anyio
 from mcp.server import MCPServer
+from mcp.server.apps import APP_MIME_TYPE, Apps
 from mcp.server.auth.provider import TokenVerifier
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.connection import Connection
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ResourceNotFoundError, ToolError
+from mcp.server.mcpserver.resources import FunctionResource
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.subscriptions import InMemorySubscriptionBus
 from mcp.shared.exceptions import MCPError
@@ -49,6 +51,7 @@ from .sessions import Bridges, Register, Session
 from .skills import Skills
 from .tools import build_tools
 from .tools.seam import (
+    NOTEBOOK_APP,
     argument_errors,
     changes_something,
     characters_of,
@@ -227,7 +230,7 @@ def build_server(
         tools=build_tools(register),
         lifespan=lifespan,
         subscriptions=bus,
-        extensions=[skills],
+        extensions=[skills, notebook_app()],
         token_verifier=token_verifier,
         auth=auth,
         log_level="WARNING",
@@ -237,6 +240,27 @@ def build_server(
     add_skill_files(server, skills)
     add_notices(server, register, bus)
     return server
+
+
+def notebook_app() -> Apps:
+    """The live notebook as a page for hosts of MCP Apps; to others the tools' texts are all there is."""
+
+    def page() -> str:
+        from .watch.app import app_page  # a server without such a host does without its libraries
+
+        return app_page()
+
+    apps = Apps()
+    apps.add_resource(
+        FunctionResource(
+            uri=NOTEBOOK_APP,
+            name="notebook.html",
+            title="The notebook as it grows",
+            mime_type=APP_MIME_TYPE,
+            fn=page,
+        )
+    )
+    return apps
 
 
 def add_resources(server: MCPServer[None], register: Register) -> None:
@@ -252,6 +276,13 @@ def add_resources(server: MCPServer[None], register: Register) -> None:
         """The notebook of a sandbox, as it is now."""
         session = await _found(register, handle)
         return session.redactor.text(session.notebook.text())
+
+    @server.resource("seer://sandboxes/{handle}/page", mime_type="application/json")
+    async def page(handle: str) -> str:
+        """The cells of a notebook as HTML that can be shown without running anything of it."""
+        from .watch.app import cells_page
+
+        return await cells_page(await _found(register, handle))
 
     @server.resource("seer://sandboxes/{handle}/cells/{cell}", mime_type="application/json")
     async def cell(handle: str, cell: str) -> str:

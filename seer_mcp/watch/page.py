@@ -116,7 +116,10 @@ def output_html(output: dict[str, Any]) -> str:
     kind = output.get("output_type")
     if kind == "stream":
         name = "stderr" if output.get("name") == "stderr" else "stdout"
-        return f'<pre class="{name}">{text_html(joined(output.get("text")))}</pre>'
+        text = text_html(joined(output.get("text")))
+        return (
+            f'<pre class="{name}">{text}</pre>' if text.strip() else ""
+        )  # as after a progress bar
     if kind == "error":
         lines = output.get("traceback") or [f"{output.get('ename')}: {output.get('evalue')}"]
         return f'<pre class="error">{text_html(chr(10).join(map(str, lines)))}</pre>'
