@@ -54,7 +54,8 @@ def task_of(case: Case, techniques: str) -> str:
     prompts = "\n".join(f"- {prompt}" for prompt in case.question.prompts)
     return (
         f"{case.question.asked}\n\n{SCOPED if SETS[techniques].functions else WHITE_BOX}\n\n"
-        f"Its world is small: ask as here, where anything else is noise to it.\n\n{prompts}\n"
+        "Its world is small: ask as here; anything else is noise to it. "
+        f"{case.question.about}\n\n{prompts}\n"
     )
 
 
