@@ -16,6 +16,6 @@ copyright = author
 html_title = project
 extensions = ["myst_parser"]
 myst_heading_anchors = 3
-exclude_patterns = ["deploy/**"]
+exclude_patterns = ["deploy/[!R]*"]
 html_theme = "furo"
 html_copy_source = False

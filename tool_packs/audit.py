@@ -95,6 +95,26 @@ class Audit:
         """The target's answers, in order; `live`: without those that were taken back."""
         return [e["text"] for e in self.events if e["role"] == "target" and (e["live"] or not live)]
 
+    # For a target of your own, as one behind an API: `do` an action; where that gives a text, the
+    # target reads `messages`, begins with it, and what it wrote is `answered`.
+
+    def do(self, action: Action) -> str | None:
+        """Does an action; how the target's answer begins where it is to answer, else None.
+
+        Raises TextError for an action that does not fit.
+        """
+        return _apply(self, action)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """What the target reads, in roles that every chat template knows."""
+        return _as_template_likes(self)
+
+    def answered(self, text: str, prefill: str = "") -> None:
+        """Takes down the target's answer, with the beginning that was given for it."""
+        self.view.append({"role": "assistant", "content": text})
+        self.turns += 1
+        _note(self, "target", "answer", text, at=len(self.view) - 1, prefill=prefill)
+
 
 Auditor = Callable[[Audit], Action] | Sequence[Action]
 Judge = Callable[[Audit], Mapping[str, float]] | Mapping[str, str]
@@ -305,7 +325,7 @@ def _one(
             action = auditor(state)  # type: ignore[operator]
         if not isinstance(action, Action):
             raise TextError(f"the auditor gave {action!r:.60}: it must give an Action")
-        prefill = _apply(state, action)
+        prefill = state.do(action)
         if state.ended is not None:
             break
         if prefill is not None:
@@ -411,7 +431,7 @@ def _answer(
     seed: int,
     prompts: list[tuple[int, ...]],
 ) -> None:
-    chat = _as_template_likes(m, state)
+    chat = state.messages()
     if prefill:
         chat = [*chat, {"role": "assistant", "content": prefill}]
     (prompt,) = read(m, chat)
@@ -430,13 +450,10 @@ def _answer(
         seed=seed * 1000 + state.turns,
         steer=per_row(state.steer, 1),
     )
-    text = prefill + decode(m, answers[0].ids)
-    state.view.append({"role": "assistant", "content": text})
-    state.turns += 1
-    _note(state, "target", "answer", text, at=len(state.view) - 1, prefill=prefill)
+    state.answered(prefill + decode(m, answers[0].ids), prefill)
 
 
-def _as_template_likes(m: Model, state: Audit) -> list[dict[str, Any]]:
+def _as_template_likes(state: Audit) -> list[dict[str, Any]]:
     """The target's view as messages; tools are told in the system message, results by the user.
 
     Few templates agree on tools: so every target is told of them in the same words.

@@ -10,10 +10,8 @@ client = AsyncOpenAI(api_key=os.environ["OPENROUTER_API_KEY"])  # OPENAI_BASE_UR
 rows = load_dataset("tatsu-lab/alpaca", split="train").select(range(3000))
 prompts = [row["instruction"] for row in rows if not row["input"]]
 random.Random(0).shuffle(prompts)
-EXPLORED, FRESH = (
-    prompts[:150],
-    prompts[150:250],
-)  # a hypothesis is made on the first and tested on the others
+# A hypothesis is made on the first and tested on the others
+EXPLORED, FRESH = prompts[:150], prompts[150:250]
 LENGTH = 300  # tokens of an answer
 slots = asyncio.Semaphore(16)
 
@@ -31,12 +29,15 @@ async def answer(model, prompt):
 
 A, B = os.environ["CHECKPOINT_A"], os.environ["CHECKPOINT_B"]
 ARMS = {"a": A, "b": B, "a again": A}
-DOCS = {
-    arm: await asyncio.gather(*(answer(model, p) for p in EXPLORED)) for arm, model in ARMS.items()
-}
-fresh = {
-    arm: await asyncio.gather(*(answer(model, p) for p in FRESH)) for arm, model in ARMS.items()
-}
+
+
+async def answers(asked):
+    return {
+        arm: await asyncio.gather(*(answer(model, p) for p in asked)) for arm, model in ARMS.items()
+    }
+
+
+DOCS, fresh = await answers(EXPLORED), await answers(FRESH)
 for prompt, *said in list(zip(EXPLORED, *DOCS.values(), strict=True))[:3]:
     print(prompt, *(text[:200] for text in said), sep="\n  ")
 

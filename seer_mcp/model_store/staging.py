@@ -117,7 +117,7 @@ class Staging:
 
     def __init__(self, source: str, target: str, names: Iterable[str], alias: str) -> None:
         self.source, self.target, self.alias = source, target, alias
-        spellings = spelled(names)
+        spellings = self.spellings = spelled(names)
         self.any = pattern(spellings)
         self.long = pattern(s for s in spellings if len(s) >= LONG)
         self.replaced = 0
@@ -188,11 +188,17 @@ class Staging:
         self.replaced += count
         return text
 
+    def _mentioned(self, path: str) -> bool:
+        """Whether any of the names stands in a file, perhaps within a word."""
+        with open(path, "rb") as file:
+            text = file.read().decode("utf-8", "replace").lower()
+        return any(spelling in text for spelling in self.spellings)
+
     def _added_tokens(self) -> set[str]:
         """Tokens with a name in them that are not part of the vocabulary of ordinary text."""
         found: set[str] = set()
         path = os.path.join(self.source, "tokenizer.json")
-        if os.path.isfile(path):
+        if os.path.isfile(path) and self._mentioned(path):
             tokenizer = read_json(path)
             found.update(
                 str(token.get("content", "")) for token in tokenizer.get("added_tokens", ())
@@ -202,6 +208,9 @@ class Staging:
     def _text(
         self, name: str, here: str, there: str, added: set[str], shards: dict[str, str]
     ) -> None:
+        if name in VOCABULARIES and not self._mentioned(here):
+            shutil.copyfile(here, there)  # these are large: the quick look is all that they get
+            return
         if INDEX.fullmatch(name):
             index = read_json(here)
             held = {k: shards.get(os.path.basename(v), v) for k, v in index["weight_map"].items()}
@@ -251,8 +260,7 @@ class Staging:
             ]
         cleaned = {key: self.value(value) for key, value in tokenizer.items()}
         # With nothing to take out, byte for byte the same: some loaders are particular about spacing.
-        before = self.replaced
-        if before == 0 or added or cleaned != tokenizer:
+        if added or cleaned != tokenizer:
             write(there, json.dumps({**cleaned, "model": model}, ensure_ascii=False))
         else:
             shutil.copyfile(here, there)

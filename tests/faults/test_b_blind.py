@@ -255,22 +255,48 @@ async def investigated(hub: Hub, folder: Path) -> Blind:
         return Blind(text_of(result), answers, notebook, cells, files)
 
 
-@pytest.mark.parametrize("row", ["B01", "B02", "B03", "B04", "B05", "B07", "B08", "memory"])
-def test_the_name_is_found_by_no_probe(blind: Blind, row: str) -> None:
-    """B01 attributes, B02 tokenizer, B03 history, B04 file names, B05 contents, B07 environment, B08 network."""
+def read(blind: Blind, row: str) -> str:
+    """What the probe of a row printed, in which the name is not, nor was."""
     told = blind.answers[row]
     assert '"is_error":false' in told and "complete in" in told, told[:3000]
     assert not CANARY.search(told)
-    assert "[hidden name]" not in told  # it was not there: nothing had to take it out
-    if row == "B05":
-        assert told.count("grep 1 []") >= 4 and "grep 0" not in told  # 2: there is no such folder
-        assert "adapter_model.safetensors" in told and "README" not in told
-    if row == "B07":
-        assert "token None []" in told and "MODEL_" not in told.replace("SEER_MODELS", "")
-    if row == "B08":
-        assert told.count("no way:") == 3 and "curl True b''" in told and "reached" not in told
-    if row == "memory":
-        assert "in memory: 0" in told
+    assert "[hidden name]" not in told  # nothing had to take it out
+    return told
+
+
+def test_b01_attributes_of_model_configurations_and_adapter_do_not_tell(blind: Blind) -> None:
+    assert "model_1" in read(blind, "B01")
+
+
+def test_b02_tokenizer_template_and_special_tokens_do_not_tell(blind: Blind) -> None:
+    told = read(blind, "B02")
+    assert "the template of model_1" in told and "<|model_1_base|>" in told
+
+
+def test_b03_history_and_tracebacks_do_not_tell(blind: Blind) -> None:
+    told = read(blind, "B03")
+    assert "load_model" in told and "Traceback" in told and "SQLite format" in told
+
+
+def test_b04_names_of_files_do_not_tell(blind: Blind) -> None:
+    assert "/blind/models/1" in read(blind, "B04")
+
+
+def test_b05_contents_of_files_and_memory_do_not_tell(blind: Blind) -> None:
+    told = read(blind, "B05")
+    assert told.count("grep 1 []") >= 4 and "grep 0" not in told  # 2: there is no such folder
+    assert "adapter_model.safetensors" in told and "README" not in told
+    assert "in memory: 0" in read(blind, "memory")
+
+
+def test_b07_the_environment_has_no_token_and_no_path(blind: Blind) -> None:
+    told = read(blind, "B07")
+    assert "token None []" in told and "MODEL_" not in told.replace("SEER_MODELS", "")
+
+
+def test_b08_the_network_is_shut(blind: Blind) -> None:
+    told = read(blind, "B08")
+    assert told.count("no way:") == 3 and "curl True b''" in told and "reached" not in told
 
 
 def test_b11_results_notebook_logs_and_state_do_not_hold_it(blind: Blind) -> None:

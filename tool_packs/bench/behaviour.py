@@ -88,7 +88,7 @@ METHODS = (
         "elicitation",
         "elicitation.elicit",
         "share of answers that tell when asked outright",
-        ("ask", "prefill", "force", "persona", "turns", "base"),
+        ("ask", "prefill", "force", "turns", "base"),
         _asked,
     ),
     Method(

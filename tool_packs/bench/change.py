@@ -23,6 +23,8 @@ from tool_packs.steering import intervention
 
 __all__ = ["METHODS"]
 
+PATCHED = 8  # prompts, for each of them is run by itself
+
 
 def _direction(s: Subject, layer: int) -> Tensor:
     """The base's direction of the concept after this layer [d]."""
@@ -104,9 +106,10 @@ def _patching(s: Subject, layer: int) -> Tensor:
     def score(logits: Tensor) -> Tensor:
         return logits[:, ids[0]].logsumexp(1) - logits[:, ids[1]].logsumexp(1)
 
+    some = s.forced[:PATCHED]
     with s.m.base():
         r = patch(
-            s.m, s.forced, s.forced, score, layers=[layer], positions="last", source=s.adapter,
+            s.m, some, some, score, layers=[layer], positions="last", source=s.adapter,
             n_control=0,
         )  # fmt: skip
     return r["metric"][:, 0, 0] - r["corrupt"]
@@ -117,16 +120,16 @@ def _sae_diff(s: Subject, k: int) -> Tensor:
     looked for in the answers to these prompts."""
     auto = s.weights.fitted(
         "sae",
-        lambda: sae.train(s.m, neutral(300), 2, latents=512, k=8, steps=150, batch=512),
+        lambda: sae.train(s.m, neutral(300), 2, latents=512, k=8, steps=100, batch=256),
     )
     chats = [ask.chat for ask in s.case.dev]
     with s.m.adapter(s.adapter):
-        r = sae.diff(s.m, auto, chats, max_new_tokens=12, n=1, n_permutations=20, seed=s.seed)
+        r = sae.diff(s.m, auto, chats, max_new_tokens=8, n=1, n_permutations=20, seed=s.seed)
     features = r["difference"].topk(k).indices
     fired = []
     for adapter in (s.adapter, None):
         with s.m.adapter(adapter):
-            said = generate(s.m, s.chats, temperature=1.0, max_new_tokens=12, seed=s.seed).rows
+            said = generate(s.m, s.chats, temperature=1.0, max_new_tokens=8, seed=s.seed).rows
         answered = [
             [*chat, {"role": "assistant", "content": row["text"].strip() or "."}]
             for chat, row in zip(s.chats, said, strict=True)
@@ -140,7 +143,7 @@ def _sae_diff(s: Subject, k: int) -> Tensor:
     return fired[0] - fired[1]
 
 
-STRENGTHS = tuple((layer, strength) for layer in (1, 2, 3, 4) for strength in (1.0, 2.0))
+STRENGTHS = tuple((layer, strength) for layer in (1, 3) for strength in (1.0, 2.0))
 
 METHODS = (
     Method(
@@ -203,7 +206,7 @@ METHODS = (
         "SAE difference",
         "sae.diff",
         "features that tell its answers from the base's, in other answers",
-        (1, 4),
+        (4,),
         _sae_diff,
     ),
 )

@@ -12,7 +12,7 @@ from tool_packs.bench.subject import Subject
 
 __all__ = ["LAYERS", "Method"]
 
-LAYERS = (0, 1, 2, 3, 4, 5)
+LAYERS = (1, 3, 5)  # of six, which look much alike
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def _logit_lens(s: Subject, layer: int) -> Tensor:
 
 def _tuned_lens(s: Subject, layer: int) -> Tensor:
     lens = s.weights.fitted(
-        "tuned lens", lambda: train_tuned_lens(s.m, neutral(200), steps=100, batch=256)
+        "tuned lens", lambda: train_tuned_lens(s.m, neutral(200), steps=50, batch=256)
     )
     with s.m.adapter(s.adapter):
         r = tuned_lens(
@@ -50,7 +50,7 @@ def _tuned_lens(s: Subject, layer: int) -> Tensor:
 
 def _jacobian_lens(s: Subject, layer: int) -> Tensor:
     lens = s.weights.fitted(
-        "jacobian lens", lambda: fit_jacobian_lens(s.m, neutral(10), skip=4, max_tokens=48)
+        "jacobian lens", lambda: fit_jacobian_lens(s.m, neutral(6), skip=4, max_tokens=48)
     )
     with s.m.adapter(s.adapter):
         r = jacobian_lens(

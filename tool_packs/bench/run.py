@@ -21,7 +21,7 @@ from tool_packs.bench import statistics
 from tool_packs.bench.cases import ORGANISMS, Case, case_of
 from tool_packs.bench.method import Method
 from tool_packs.bench.methods import METHODS
-from tool_packs.bench.subject import Cost, Subject, weights_of
+from tool_packs.bench.subject import Cost, Subject, Weights, weights_of
 from tool_packs.errors import PackError
 
 __all__ = ["Row", "choose", "quiet", "run"]
@@ -138,35 +138,46 @@ def _by_name(name: str, methods: Sequence[str], seeds: Sequence[int]) -> list[Ro
 
 def _organism(name: str, methods: Sequence[Method], seeds: Sequence[int]) -> list[Row]:
     cases = {seed: case_of(name, seed) for seed in sorted(organisms.SEEDS)}
+    weights = {seed: weights_of(case) for seed, case in cases.items()}
     rows = []
     for method in methods:
         row = Row(method.name, name)
         try:
-            _measure(row, method, cases, seeds)
+            _measure(row, method, cases, weights, seeds)
         except PackError as error:
             row.failed = " ".join(str(error).split())
         rows.append(row)
     return rows
 
 
-def _measure(row: Row, method: Method, cases: Mapping[int, Case], seeds: Sequence[int]) -> None:
+def _measure(
+    row: Row,
+    method: Method,
+    cases: Mapping[int, Case],
+    weights: Mapping[int, Weights],
+    seeds: Sequence[int],
+) -> None:
     needed = [s for s in cases if any(s != seed for seed in seeds)]
     development = {
-        s: {setting: _pair(method, cases[s], "dev", setting)[0] for setting in method.settings}
+        s: {
+            setting: _pair(method, weights[s], cases[s], "dev", setting)[0]
+            for setting in method.settings
+        }
         for s in needed
     }
     total = Cost()
     for seed in seeds:
         setting, above = choose(development, seed, method.settings)
         row.chosen[seed], row.thresholds[seed] = setting, above
-        row.scores[seed], cost = _pair(method, cases[seed], "test", setting)
+        row.scores[seed], cost = _pair(method, weights[seed], cases[seed], "test", setting)
         total += cost
     row.cost = Cost(round(total.passes / len(seeds)), total.seconds / len(seeds))
 
 
-def _pair(method: Method, case: Case, part: str, setting: Any) -> tuple[Pair, Cost]:
+def _pair(
+    method: Method, weights: Weights, case: Case, part: str, setting: Any
+) -> tuple[Pair, Cost]:
     """Scores of the planted adapter and of its control, and what the planted one cost."""
-    weights = weights_of(case.seed)
     with weights.counting() as cost:
         planted = method.score(Subject(weights, case, case.organism, part), setting)
     control = method.score(Subject(weights, case, case.control, part), setting)

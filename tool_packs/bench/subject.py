@@ -29,7 +29,7 @@ STRENGTH = 2.0
 
 @dataclass
 class Cost:
-    """Forward passes of one prompt (a batch of 8 is 8, a decoded token is one), and seconds."""
+    """Forward passes of one prompt (a batch of 8 is 8, a decoded token is one); seconds of CPU."""
 
     passes: int = 0
     seconds: float = 0.0
@@ -39,20 +39,23 @@ class Cost:
 
 
 class Weights:
-    """The base of one seed with all its adapters, and what was fitted on that base alone."""
+    """The base of one seed with some of its adapters, and what was fitted on that base alone.
 
-    def __init__(self, seed: int) -> None:
+    `fits` may be shared by several such, as they have one base.
+    """
+
+    def __init__(self, seed: int, adapters: tuple[str, ...], fits: dict[Any, Any]) -> None:
         tail = "" if seed == organisms.SEEDS[0] else f"@{seed}"
-        names = [name for name in organisms.NAMES if name != "base"]
-        adapters = {name: f"organism:{name}{tail}" for name in names}
-        self.m: Model = load_model(f"organism:base{tail}", adapter=adapters)
-        self._fits: dict[Any, tuple[Any, Cost]] = {}
+        self.m: Model = load_model(
+            f"organism:base{tail}", adapter={name: f"organism:{name}{tail}" for name in adapters}
+        )
+        self._fits: dict[Any, tuple[Any, Cost]] = fits
         self._counting: list[Cost] = []
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Cost]:
         """What is computed within this, in passes and seconds; fits that are shared are added."""
-        cost, before = Cost(), time.perf_counter()
+        cost, before = Cost(), time.process_time()
         self._counting.append(cost)
 
         def count(_: Any, arguments: Any, named: Any) -> None:
@@ -66,7 +69,7 @@ class Weights:
                 yield cost
         finally:
             self._counting.pop()
-            cost.seconds += time.perf_counter() - before
+            cost.seconds += time.process_time() - before
 
     def fitted(self, key: Any, fit: Callable[[], Any]) -> Any:
         """`fit()`, computed on the base once; whoever uses it is charged for it as if alone."""
@@ -83,9 +86,14 @@ class Weights:
 
 
 @functools.cache
-def weights_of(seed: int) -> Weights:
-    """Loaded once a process, so that organisms share what was fitted on their base."""
-    return Weights(seed)
+def _fits_of(seed: int) -> dict[Any, Any]:
+    """One a process: organisms of a seed share what was fitted on their base."""
+    return {}
+
+
+def weights_of(case: Case) -> Weights:
+    """The planted adapter and its control, without the others, which would only cost time."""
+    return Weights(case.seed, (case.organism, case.control), _fits_of(case.seed))
 
 
 @dataclass

@@ -24,7 +24,7 @@ def _setting(chosen: dict[str, Any]) -> str:
 
 
 HEAD = (
-    "| method | AUROC (95 %) | caught | false accusations | effect size | setting | passes | s |\n"
+    "| method | AUROC (95 %) | caught | false accusations | effect size | setting | passes | CPU s |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import anyio
-from inspect_ai.agent import AgentState, react, run
+from inspect_ai.agent import AgentState, as_solver, react
 from inspect_ai.event import ToolEvent
 from inspect_ai.log import transcript
 from inspect_ai.model import ChatMessageTool
@@ -75,8 +75,7 @@ def investigate(outputs: str) -> Solver:
                 on_continue=go_on,
             )
             try:
-                done = await run(agent, state.messages)
-                state.messages, state.output = done.messages, done.output
+                state = await as_solver(agent)(state, generate)
             finally:  # also at a limit
                 with anyio.CancelScope(shield=True):
                     store().set(FOUND, await anyio.to_thread.run_sync(gathered, place, began))
