@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Literal
 
 from . import __version__
+from .bench import add_bench, run_bench
 from .clients import add_install, run_install
 from .cloud_models import run_cloud_models
 from .config import Config, from_environment
 from .environment import read_scope, schema
 from .errors import BadInput, SeerError
+from .export import add_export, run_export, run_report
 from .flags import above_zero, count
 from .grading import kept
 from .kernel_host.fault import arm, in_host
 from .logs import log_to_stderr
 from .model_store.command import add_models, run_models
 from .own_packs import add_packs, begin_pack, check_packs
+from .replay import add_replay, run_replay
 from .sandboxes import add_sandboxes, run_sandboxes
 from .serve import add_scope, add_serve, add_watch, run_token
 from .sessions import make_folders
@@ -155,8 +158,11 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--only", metavar="CHECK", action="append", default=[], help="make only this check"
     )
+    add_bench(commands)
     add_models(commands, common)
     add_sandboxes(commands, common)
+    add_replay(commands, common)
+    add_export(commands, common)
     grades = commands.add_parser(
         "grades", parents=[common], help="what graders said of submitted findings"
     )
@@ -253,9 +259,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "packs",
         "demo",
         "doctor",
+        "bench-techniques",
         "models",
         "sandboxes",
         "token",
+        "replay",
+        "export",
+        "report",
         "grades",
         "schema",
         "--version",
@@ -273,6 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from .demo import run_demo
 
             return asyncio.run(run_demo(flags.json, flags.outputs, flags.backend))
+        if flags.command == "bench-techniques":
+            os.environ.setdefault("TQDM_DISABLE", "1")  # for its processes too
+            return run_bench(flags)
         if flags.command == "schema":
             print(json.dumps(schema(), indent=1))
             return 0
@@ -281,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if flags.command == "packs" and flags.verb == "new":
             return begin_pack(flags)
         config = config_of(flags)
-        log_to_stderr(flags.log_level, config.redactor)
+        log_to_stderr(flags.log_level, config.log_redactor)
         arm_faults(config.fault)
         if flags.command == "models" and getattr(flags, "backend", "local") == "modal":
             return asyncio.run(run_cloud_models(flags, config))
@@ -291,6 +304,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return check_packs(flags, config)
         if flags.command == "sandboxes":
             return asyncio.run(run_sandboxes(flags, config))
+        if flags.command == "replay":
+            return run_replay(flags, config)
+        if flags.command == "export":
+            return run_export(flags, config)
+        if flags.command == "report":
+            return run_report(flags, config)
         if flags.command == "watch":
             from .watching import run_watch
 

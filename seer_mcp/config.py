@@ -113,6 +113,8 @@ class Config:
     """Where the values of secrets are found that a sandbox names."""
     redactor: Redactor = field(default_factory=Redactor, repr=False, compare=False)
     """What must not be shown. It learns: whoever comes to know a secret's value tells it."""
+    log_redactor: Redactor = field(default_factory=Redactor, repr=False, compare=False)
+    """The same for logs and audit, which must not name hidden models of any sandbox either."""
     allowances: tuple[Allowance, ...] = ()
     """What all sandboxes of the state folder together may cost."""
     packs: tuple[Path, ...] = ()
@@ -218,6 +220,7 @@ def from_environment(
     }
     models_dir = models or environ.get("SEER_MCP_MODELS") or user_cache_path("seer-mcp") / "models"
     secrets = Secrets(environ, project.absolute() / ".env")
+    redactor = Redactor(secrets.known())
     limits = budgets or tuple(filter(None, environ.get("SEER_MCP_BUDGET", "").split(",")))
     defaults = Config(project, outputs_dir, state_dir, Path(runtime))
     return Config(
@@ -229,7 +232,8 @@ def from_environment(
         models_dir=Path(models_dir).absolute(),
         fetch_env={name: value for name, value in environ.items() if name in FOR_FETCHING},
         secrets=secrets,
-        redactor=Redactor(secrets.known()),
+        redactor=redactor,
+        log_redactor=redactor.child(),
         allowances=tuple(parse_allowance(limit) for limit in limits),
         packs=tuple(Path(p).absolute() for p in packs),
         investigations=tuple(Path(p).absolute() for p in investigations),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,8 +45,8 @@ class Findings:
     limits: str
     """What was not tried, or what would have shown it wrong."""
 
-    def markdown(self, number: int) -> str:
-        """The cell that says it to a person."""
+    def markdown(self, number: int, closing: str = "") -> str:
+        """The cell that says it to a person; it ends with `closing`."""
         parts = [f"## Findings {number}", self.claim.strip()]
         if self.answer:
             parts.append(f"**Answer:** {self.answer.strip()}")
@@ -56,6 +57,8 @@ class Findings:
         )
         limits = self.limits.strip() or "nothing was said."
         parts.append(f"**Not tried, or what would have shown this wrong:** {limits}")
+        if closing:
+            parts.append(closing)
         return "\n\n".join(parts)
 
 
@@ -68,6 +71,11 @@ def shown(notebook: Notebook, argument: str, ids: Sequence[str]) -> tuple[Shown,
         if why := _why_not(cell):
             raise BadInput(argument, cell.id, why)
     return tuple(map(_shown, cells.values()))
+
+
+def is_findings(source: str) -> bool:
+    """Whether that is the text of a cell that says findings."""
+    return re.match(r"## Findings \d+\n", source) is not None
 
 
 def record_path(notebook: Path) -> Path:

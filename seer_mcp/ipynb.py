@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from .errors import NotebookUnreadable
+from .errors import NotebookUnreadable, NotFound
 from .outputs import joined
 
 
@@ -71,6 +71,14 @@ def new_id() -> str:
 def storable(source: str) -> str:
     """Source text as UTF-8 can hold it."""
     return source.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def notebook_at(given: str) -> Path:
+    """The notebook that a command line names. Raises NotFound."""
+    path = Path(given).absolute()
+    if not path.is_file():
+        raise NotFound("notebook", given, (str(each) for each in path.parent.glob("*.ipynb")))
+    return path
 
 
 def read_notebook(
@@ -200,6 +208,9 @@ STATES = frozenset(
 DOCUMENT_FACTS: dict[str, type] = {
     "sandbox": str,
     "backend": str,
+    "investigation": str,
+    "environment": dict,
+    "replay_of": str,
     "folded": int,
     "version": str,
     "cost": str,

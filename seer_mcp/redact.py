@@ -1,4 +1,4 @@
-"""Values of secrets are taken out of whatever leaves: events, answers, logs, the audit.
+"""Values of secrets and names of hidden models are taken out of whatever leaves: events, answers, logs, the audit.
 
 This stops accidents: a printed environment, a traceback, a library that logs its headers. It does
 not stop code that wants to get a value out (it can spell it backwards), so a sandbox should be
@@ -11,14 +11,16 @@ import asyncio
 import base64
 import html
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, quote_plus
+from weakref import WeakSet
 
 MIN_CHARACTERS = 8  # a shorter value would be found in ordinary text
 LINE_CHARACTERS = 16  # a line of a value of several lines, which counts by itself
 HOLD_SECONDS = 0.5  # that the end of a piece of output is held back if a value could begin there
+HIDDEN = ""  # stands for the name of a hidden model, which has no name itself
 IMAGES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 
 Event = dict[str, Any]
@@ -43,24 +45,43 @@ def forms(value: str) -> set[str]:
 
 
 class Redactor:
-    """Replaces every known value by [secret NAME]. Costs nothing as long as it knows none."""
+    """Replaces every known value by [secret NAME] or [hidden name]. Costs nothing as long as it knows none."""
 
     def __init__(self, secrets: Mapping[str, str] | None = None) -> None:
         self._names: dict[str, str] = {}  # form -> name, the longest form first
         self._characters: frozenset[str] = frozenset()
+        self._children: WeakSet[Redactor] = WeakSet()
         self.know(secrets or {})
+
+    def child(self) -> Redactor:
+        """One that knows what this one knows and will know, and can know more: of one sandbox, say."""
+        made = Redactor()
+        made._learn(dict(self._names))
+        self._children.add(made)
+        return made
 
     def __bool__(self) -> bool:
         return bool(self._names)
 
     def know(self, secrets: Mapping[str, str]) -> None:
         """From now on these too. A value that is too short is passed over."""
-        new = {
-            form: name
-            for name, value in secrets.items()
-            if len(value) >= MIN_CHARACTERS
-            for form in forms(value)
-        }
+        self._learn(
+            {
+                form: name
+                for name, value in secrets.items()
+                if len(value) >= MIN_CHARACTERS
+                for form in forms(value)
+            }
+        )
+
+    def hide(self, names: Iterable[str]) -> None:
+        """From now on these names of models too. They do not count as `found`: who writes one knows it."""
+        long = [name for name in names if len(name) >= MIN_CHARACTERS]
+        self._learn({form: HIDDEN for name in long for form in forms(name)})
+
+    def _learn(self, new: dict[str, str]) -> None:
+        for child in self._children:
+            child._learn(new)
         if new.keys() <= self._names.keys():
             return
         both = {**new, **self._names}
@@ -95,7 +116,7 @@ class Redactor:
         while pending:
             item = pending.pop()
             if isinstance(item, str):
-                names.update(name for form, name in self._names.items() if form in item)
+                names.update(name for form, name in self._names.items() if name and form in item)
             elif isinstance(item, dict):
                 pending += [*item.keys(), *item.values()]
             elif isinstance(item, (list, tuple)):
@@ -121,7 +142,8 @@ class Redactor:
             pieces.append(text[max(done, shown) : start])
             done = start + len(form)
             if done > shown:
-                pieces.append(f"[secret {self._names[form]}]")
+                name = self._names[form]
+                pieces.append(f"[secret {name}]" if name else "[hidden name]")
             if done > end:
                 end = self._begun(text, done)
             for other in [other for other, at in next_at.items() if at < done]:

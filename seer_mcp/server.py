@@ -13,11 +13,13 @@ from weakref import WeakSet
 
 import anyio
 from mcp.server import MCPServer
+from mcp.server.apps import APP_MIME_TYPE, Apps
 from mcp.server.auth.provider import TokenVerifier
 from mcp.server.auth.settings import AuthSettings
 from mcp.server.connection import Connection
 from mcp.server.mcpserver import Context
 from mcp.server.mcpserver.exceptions import ResourceNotFoundError, ToolError
+from mcp.server.mcpserver.resources import FunctionResource
 from mcp.server.mcpserver.tools import Tool
 from mcp.server.subscriptions import InMemorySubscriptionBus
 from mcp.shared.exceptions import MCPError
@@ -46,8 +48,10 @@ from .packs import Packs
 from .plugins import pack_folders
 from .redact import Redactor
 from .sessions import Bridges, Register, Session
+from .skills import Skills
 from .tools import build_tools
 from .tools.seam import (
+    NOTEBOOK_APP,
     argument_errors,
     changes_something,
     characters_of,
@@ -106,7 +110,7 @@ class SeerServer(MCPServer[None]):
             else:
                 answer = await self._answer(tool, name, arguments, context)
             if isinstance(answer, CallToolResult):
-                redact(answer, self.register.config.redactor)
+                redact(answer, self.register.redactor_of(arguments, answer.meta))
                 call.answered(answer.is_error is True, characters_of(answer))
         if call.note and isinstance(answer, CallToolResult):
             answer.content.append(TextContent(type="text", text=call.note))
@@ -163,7 +167,7 @@ class SeerServer(MCPServer[None]):
     def scope_needed(self, method: str, name: str) -> str | None:
         """The scope that a request needs; None for those that any token may make."""
         if method != "tools/call":
-            return "sandboxes:read" if method.startswith("resources/") else None
+            return "sandboxes:read" if method.startswith(("resources/", "skills/")) else None
         tool = self._tool_manager.get_tool(name)
         return None if tool is None else scope_of(tool)  # what is not there is said to everybody
 
@@ -206,6 +210,7 @@ def build_server(
     register = Register(config, packs)
     bus = OwnersBus(register)
     bridges = Bridges(register)
+    skills = Skills(register)
 
     @asynccontextmanager
     async def lifespan(_: MCPServer[None]) -> AsyncGenerator[None]:
@@ -225,14 +230,37 @@ def build_server(
         tools=build_tools(register),
         lifespan=lifespan,
         subscriptions=bus,
+        extensions=[skills, notebook_app()],
         token_verifier=token_verifier,
         auth=auth,
         log_level="WARNING",
     )
     server.register = register
     add_resources(server, register)
+    add_skill_files(server, skills)
     add_notices(server, register, bus)
     return server
+
+
+def notebook_app() -> Apps:
+    """The live notebook as a page for hosts of MCP Apps; to others the tools' texts are all there is."""
+
+    def page() -> str:
+        from .watch.app import app_page  # a server without such a host does without its libraries
+
+        return app_page()
+
+    apps = Apps()
+    apps.add_resource(
+        FunctionResource(
+            uri=NOTEBOOK_APP,
+            name="notebook.html",
+            title="The notebook as it grows",
+            mime_type=APP_MIME_TYPE,
+            fn=page,
+        )
+    )
+    return apps
 
 
 def add_resources(server: MCPServer[None], register: Register) -> None:
@@ -246,16 +274,34 @@ def add_resources(server: MCPServer[None], register: Register) -> None:
     @server.resource("seer://sandboxes/{handle}/notebook", mime_type="application/x-ipynb+json")
     async def notebook(handle: str) -> str:
         """The notebook of a sandbox, as it is now."""
-        return register.config.redactor.text((await _found(register, handle)).notebook.text())
+        session = await _found(register, handle)
+        return session.redactor.text(session.notebook.text())
+
+    @server.resource("seer://sandboxes/{handle}/page", mime_type="application/json")
+    async def page(handle: str) -> str:
+        """The cells of a notebook as HTML that can be shown without running anything of it."""
+        from .watch.app import cells_page
+
+        return await cells_page(await _found(register, handle))
 
     @server.resource("seer://sandboxes/{handle}/cells/{cell}", mime_type="application/json")
     async def cell(handle: str, cell: str) -> str:
         """One cell of a notebook with its outputs."""
         try:
-            found = (await _found(register, handle)).notebook.cell(cell)
-            return register.config.redactor.text(found.json())
+            session = await _found(register, handle)
+            return session.redactor.text(session.notebook.cell(cell).json())
         except NotFound as error:
             raise ResourceNotFoundError(str(error)) from error
+
+
+def add_skill_files(server: MCPServer[None], skills: Skills) -> None:
+    @server.resource("skill://{+path}", mime_type="text/markdown")
+    async def skill_file(path: str) -> str:
+        """A file of a skill: how to investigate, or all about a pack or a technique."""
+        text = await asyncio.to_thread(skills.read, f"skill://{path}")
+        if text is None:
+            raise ResourceNotFoundError(f"there is no skill file skill://{path[:200]}")
+        return text
 
 
 class OwnersBus(InMemorySubscriptionBus):

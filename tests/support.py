@@ -49,10 +49,17 @@ class Lab:
         return text_of(result)
 
     async def start(self, **arguments: Any) -> str:
-        """A new sandbox; its handle."""
+        """A new sandbox that is ready; its handle."""
         result = await self.call("start_sandbox", **arguments)
         assert not result.is_error, text_of(result)
-        return result.meta["seer/sandbox"]["handle"]
+        if "seer/sandbox" in result.meta:
+            return result.meta["seer/sandbox"]["handle"]
+        handle = result.meta["seer/starting"]  # the call's wait was over before the start
+        for _ in range(30):
+            told = (await self.call("list_sandboxes", wait=5)).meta
+            if any(each["handle"] == handle for each in told["seer/sandboxes"]):
+                return handle
+        raise AssertionError(f"{handle} did not start")
 
     async def cell(self, sandbox: str, source: str, /, **arguments: Any) -> CallToolResult:
         return await self.call("create_cell", sandbox=sandbox, source=source, **arguments)

@@ -15,14 +15,27 @@ PACKAGE = ROOT / "seer_mcp"
 # Rooms by floor, the top first. A room is a module of seer_mcp, or a folder of it.
 FLOORS = [
     ["cli", "__main__"],
-    ["clients", "own_packs", "cloud_models", "demo", "doctor", "sandboxes", "serve", "watching"],
+    [
+        "bench",
+        "clients",
+        "own_packs",
+        "cloud_models",
+        "demo",
+        "doctor",
+        "export",
+        "replay",
+        "sandboxes",
+        "serve",
+        "watching",
+    ],
     ["http"],
     ["scoped"],
     ["server", "watch"],
+    ["skills"],
     ["tools", "prompts"],
     ["sessions"],
     ["backends"],
-    ["catalogue", "findings", "grading"],
+    ["about", "blind", "catalogue", "findings", "grading"],
     ["notebook", "kernel", "packs", "environment", "config", "model_store"],
     ["ipynb", "observe", "interface"],
     ["audit", "spend"],
@@ -44,7 +57,7 @@ FLOORS = [
     ],
 ]
 FLOOR = {room: number for number, rooms in enumerate(reversed(FLOORS)) for room in rooms}
-KNOW_MCP = {"tools", "prompts", "server", "scoped", "http", "render", "cli", "demo"}
+KNOW_MCP = {"tools", "prompts", "skills", "server", "scoped", "http", "render", "cli", "demo"}
 
 
 def room_of(path: Path) -> str:

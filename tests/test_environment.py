@@ -27,6 +27,7 @@ from seer_mcp.environment import (
 from seer_mcp.environment.units import dollars, mebibytes, seconds
 from seer_mcp.errors import BadInput, InvestigationRefused, NotFound
 from seer_mcp.money import TABLE, Rates, estimate, hard_stop, priced_as, terms
+from seer_mcp.sessions.blinding import refuse_what_tells
 
 WHOLE = """
 name = "whole"
@@ -286,6 +287,17 @@ def test_a_key_in_the_file_is_refused_and_not_repeated(folder: Path, text: str) 
     (found,) = problems(folder, text)
     assert "secret" in found
     assert "abcdefghijklm" not in found
+
+
+def test_a_hidden_models_sandbox_has_no_network_unless_the_file_says_so(folder: Path) -> None:
+    model = "[[models]]\nname = 'organism:base'\nhidden = true\n"
+    assert read_investigation(write(folder, model)).sandbox.blocked
+    found = read_investigation(write(folder, f"[sandbox]\nnetwork = true\n{model}"))
+    with pytest.raises(BadInput, match="network = True: a hidden model can be looked up"):
+        refuse_what_tells(found.sandbox)
+    text = f"[sandbox]\nsecrets = ['HF_TOKEN']\n{model}"
+    with pytest.raises(BadInput, match="hidden models among them"):
+        refuse_what_tells(read_investigation(write(folder, text)).sandbox)
 
 
 def test_a_hidden_models_name_is_not_repeated(folder: Path) -> None:

@@ -289,24 +289,34 @@ def hide_names(hf: Any, tokenizer: Any, alias: str) -> None:
 
     The attributes are those that print themselves in a notebook; the files on disk keep theirs.
     """
-    core = hf.get_base_model() if hasattr(hf, "peft_config") else hf
     from transformers import PretrainedConfig
 
-    configs = [core.config]
-    for config in configs:
-        config._name_or_path = alias
+    configs: list[Any] = []
+    for module in hf.modules():
+        configs += [getattr(module, key, None) for key in ("config", "generation_config")]
+        for key in ("name_or_path", "_name_or_path"):
+            if isinstance(vars(module).get(key), str):
+                setattr(module, key, alias)
+    seen: set[int] = set()
+    while configs:
+        config = configs.pop()
+        if config is None or isinstance(config, dict) or id(config) in seen:
+            continue
+        seen.add(id(config))
+        for key in ("_name_or_path", "name_or_path"):
+            if isinstance(getattr(config, key, None), str):
+                setattr(config, key, alias)
+        for key in ("_commit_hash", "_original_object_hash"):
+            if getattr(config, key, None):
+                setattr(config, key, None)
         configs.extend(c for c in vars(config).values() if isinstance(c, PretrainedConfig))
-    core.name_or_path = alias
     for adapter in getattr(hf, "peft_config", {}).values():
         adapter.base_model_name_or_path = alias
         adapter.revision = None
     tokenizer.name_or_path = alias
     for key, value in list(tokenizer.init_kwargs.items()):
-        if key in (
-            "name_or_path",
-            "tokenizer_file",
-            "vocab_file",
-            "merges_file",
-            "chat_template_file",
-        ):
-            tokenizer.init_kwargs[key] = alias if value else value
+        if key.endswith(("_or_path", "_file", "_hash")) and value:
+            tokenizer.init_kwargs[key] = alias
+    for key, value in list(vars(tokenizer).items()):
+        if key.endswith("_file") and isinstance(value, str):
+            setattr(tokenizer, key, alias)

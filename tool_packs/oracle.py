@@ -23,9 +23,11 @@ from tool_packs.result import Result, mean_sd, provenance, to_cpu
 if TYPE_CHECKING:
     from tool_packs.models import Model
 
-__all__ = ["Oracle", "ask", "train"]
+__all__ = ["Oracle", "ask", "load", "train"]
 
 MARK = "\u2402"  # where the activations stand in the chat, until it is cut there
+OWN_PROMPT = "{places} {question}"
+PUBLISHED_PROMPT = "Layer: {layer}\n{places} \n{question}"
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 Example = tuple["str | list[dict[str, Any]]", str, str]  # text, question, answer
 
@@ -34,26 +36,31 @@ Example = tuple["str | list[dict[str, Any]]", str, str]  # text, question, answe
 class Oracle:
     """A trained oracle: the name of its adapter on `m`, and how activations are put into it.
 
-    `result` holds what it scored on the texts it was not trained on. `save(folder)` writes the
-    adapter, which `m.add_adapter(folder)` reads, beside these settings.
+    `result` holds what it scored on the texts it was not trained on, where it was trained here.
+    `save(folder)` writes the adapter, which `load` reads, and that result.
     """
 
     name: str
     layers: list[int]  # whose activations it was trained on
     into: int  # after which layer they are added
     positions: Position
-    slots: int  # activations of one question
-    questions: list[str]  # that it was trained on
-    result: Result = field(repr=False)
+    slots: int | None  # activations of one question; None: any number
+    questions: list[str]  # that it was trained on, as far as they are known
+    result: Result | None = field(default=None, repr=False)
+    prompt: str = OWN_PROMPT  # how it is asked
+    place: str = "?"  # what stands for one activation, a token
 
     def save(self, m: Model, folder: str | Path) -> Path:
         """Writes the adapter and the held-out scores into `folder`."""
         folder = Path(folder)
         m.hf.save_pretrained(folder, selected_adapters=[self.name])
-        self.result.save(folder / "held_out")
+        if self.result is not None:
+            self.result.save(folder / "held_out")
         return folder
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        if self.result is None:
+            return {"text/plain": repr(self)}
         return self.result._repr_mimebundle_(include, exclude)
 
 
@@ -145,11 +152,12 @@ def train(
     kept = set(order[: max(2, round(held_out * len(texts)))])
     mine = [i for i in range(len(examples)) if which[i] not in kept]
     theirs = [i for i in range(len(examples)) if which[i] in kept]
-    questions = {q: _prompt(m, q, slots) for q in dict.fromkeys(q for _, q, _ in examples)}
+    asked = list(dict.fromkeys(question for _, question, _ in examples))
+    oracle = Oracle(name, index, into, positions, slots, asked)
+    questions = {q: _prompt(m, oracle, q, slots, index[0]) for q in asked}  # names no layer
     answers = [_answer_ids(m, answer) for _, _, answer in examples]
     before = m.active_adapter
     _add_lora(m, name, rank, seed)
-    oracle = Oracle(name, index, into, positions, slots, [*questions], result=None)  # type: ignore[arg-type]
     try:
         losses = []
         with _training(m, name) as parameters:
@@ -184,6 +192,74 @@ def train(
     return oracle
 
 
+def load(
+    m: Model,
+    adapter: str,
+    layers: str | int | float | Sequence[int | float] = 0.5,
+    *,
+    positions: Position = "last",
+    into: int = 1,
+    prompt: str = PUBLISHED_PROMPT,
+    place: str = " ?",
+) -> Oracle:
+    """What does an oracle that somebody has published say of these activations?
+
+    Defaults are those of the activation oracles of arXiv 2512.15674: the layer is named in the
+    prompt, " ?" stands for each activation, and it is added after layer 1. One that was trained
+    here and saved takes into=0, prompt="{places} {question}", place="?".
+
+    Args:
+        adapter: the name of an adapter that is on `m`, or a folder or hub id to load one from.
+        layers: whose activations are read; those it was trained on (paper: 0.25, 0.5, 0.75).
+        positions: of the texts, as in `capture`; any number.
+        into: after which layer activations are added.
+        prompt: how it is asked, with {places} and {question}, and {layer} if it is told the layer.
+        place: the text of one token that stands for an activation.
+
+    Returns:
+        Oracle: for `ask`, without a result of its own.
+
+    Raises:
+        TextError: a prompt without {places} or {question}, a place of several tokens, a layer that
+            does not exist.
+        ModelError: an adapter that cannot be loaded onto this model.
+
+    Use when:
+        An oracle was published for this very model.
+
+    Not when:
+        There is none: `train` one on texts whose hidden property you know.
+
+    Cost:
+        reading the adapter.
+
+    Controls:
+        None of its own: ask it about texts whose answer you know, and read `ask`'s controls.
+
+    Paper:
+        arXiv 2512.15674
+
+    Example:
+        from tool_packs.oracle import train, load, ask
+        q = "cat or dog?"
+        data = [(f"the {a} sat {w}", q, a) for a in ("cat", "dog") for w in "on mat hill is".split()]
+        o = train(m, data, name=f"oracle {len(m.adapters)}", steps=4, batch=4)
+        again = load(m, o.name, o.layers, into=0, prompt="{places} {question}", place="?")
+        r = ask(m, again, "the cat sat here", q, choices=["cat", "dog"])
+    """
+    if missing := [part for part in ("{places}", "{question}") if part not in prompt]:
+        raise TextError(
+            f"prompt={prompt!r} has no {' and no '.join(missing)}: say where they stand"
+        )
+    if (count := len(m.tokenizer(place, add_special_tokens=False)["input_ids"])) != 1:
+        raise TextError(
+            f"place={place!r} is {count} tokens of this model: give the text of one token"
+        )
+    name = adapter if adapter in m.adapters else m.add_adapter(adapter)
+    index, into = m.layer_indices(layers), m.layer_index(into)
+    return Oracle(name, index, into, positions, None, [], prompt=prompt, place=place)
+
+
 def ask(
     m: Model,
     oracle: Oracle,
@@ -205,7 +281,7 @@ def ask(
     is on only while it answers.
 
     Args:
-        oracle: from `train`.
+        oracle: from `train` or `load`.
         text: texts or chats whose activations are read; the oracle does not see the texts.
         question: one that the oracle was trained on, or near to one; None: its first.
         choices: answers to choose from; each is scored by its mean log probability a token.
@@ -259,7 +335,12 @@ def ask(
         raise TextError(f"choices={list(choices)}: give at least two")
     if n_random < 1:
         raise TextError("n_random=0: an oracle's answer means nothing without random vectors")
-    question = oracle.questions[0] if question is None else question
+    if question is None:
+        if not oracle.questions:
+            raise TextError(
+                "no question: nobody knows what this oracle was trained on, so give one"
+            )
+        question = oracle.questions[0]
     index = oracle.layers if layers is None else m.layer_indices(layers)
     where = oracle.positions if positions is None else positions
     target = m.active_adapter if adapter is None else adapter
@@ -268,27 +349,31 @@ def ask(
     prompts = read(m, text)
     with m.adapter(target):
         states, slots = _states(m, prompts, index, where)  # [N, L, slots, d]
-        if slots != oracle.slots:
+        if oracle.slots is not None and slots != oracle.slots:
             raise TextError(f"{slots} positions: this oracle was trained on {oracle.slots}")
         if foreign is not None:
-            other, _ = _states(m, read(m, foreign), index, where)
+            other, there = _states(m, read(m, foreign), index, where)
+            if there != slots:
+                raise TextError(f"foreign texts have {there} positions and the others {slots}")
             others = other[torch.arange(len(prompts)) % len(other)]
         else:
             others = states.roll(1, 0) if len(prompts) > 1 else None
     generator = torch.Generator().manual_seed(seed)
     norm = states.norm(dim=-1).mean()
-    random = torch.randn(n_random, oracle.slots, m.width, generator=generator)
+    random = torch.randn(n_random, slots, m.width, generator=generator)
     random = random / random.norm(dim=-1, keepdim=True) * norm
-    prompt = _prompt(m, question, oracle.slots)
+    by_layer = [_prompt(m, oracle, question, slots, layer) for layer in index]
+    prompt = by_layer[len(index) // 2]  # random vectors are of no layer
+    asked = by_layer * len(prompts)
     flat = states.flatten(0, 1)  # [N * L, slots, d]
     shape = (len(prompts), len(index))
     with m.adapter(oracle.name):
-        free = _answers(m, oracle, prompt, flat, max_new_tokens)
+        free = _answers(m, oracle, asked, flat, max_new_tokens)
         tensors: dict[str, Tensor] = {}
         dims: dict[str, tuple[str, ...]] = {}
         if choices is not None:
-            scores = _choose(m, oracle, prompt, flat, choices).unflatten(0, shape)
-            null = _choose(m, oracle, prompt, random, choices)  # [R, C]
+            scores = _choose(m, oracle, asked, flat, choices).unflatten(0, shape)
+            null = _choose(m, oracle, [prompt] * n_random, random, choices)  # [R, C]
             tensors = {"logprobs": scores, "logprobs_random": null}
             tensors["lift"] = scores - null.exp().mean(0).log()
             dims = {
@@ -297,10 +382,11 @@ def ask(
                 "lift": ("text", "layer", "choice"),
             }
             if others is not None:
-                away = _choose(m, oracle, prompt, others.flatten(0, 1), choices)
+                away = _choose(m, oracle, asked, others.flatten(0, 1), choices)
                 tensors["logprobs_foreign"] = away.unflatten(0, shape)
                 dims["logprobs_foreign"] = ("text", "layer", "choice")
-        random_free = _answers(m, oracle, prompt, random[:4], max_new_tokens)
+        some = random[:4]
+        random_free = _answers(m, oracle, [prompt] * len(some), some, max_new_tokens)
     rows, lines = [], []
     for i, p in enumerate(prompts):
         for j, layer in enumerate(index):
@@ -356,11 +442,12 @@ def ask(
 # The oracle's own prompt
 
 
-def _prompt(m: Model, question: str, slots: int) -> tuple[Prompt, int]:
+def _prompt(m: Model, oracle: Oracle, question: str, slots: int, layer: int) -> tuple[Prompt, int]:
     """The oracle's prompt, and where its `slots` places for activations begin."""
     if not question.strip():
         raise TextError("an empty question: say what to ask of the activations")
-    marked = f"{MARK} {question}"
+    marked = oracle.prompt.replace("{places}", MARK).replace("{layer}", str(layer))
+    marked = marked.replace("{question}", question)
     if m.has_chat_template:
         (prompt,) = read(m, [{"role": "user", "content": marked}])
     else:
@@ -369,7 +456,7 @@ def _prompt(m: Model, question: str, slots: int) -> tuple[Prompt, int]:
     tokenize = m.tokenizer
     head = list(tokenize(before, add_special_tokens=not m.has_chat_template)["input_ids"])
     tail = list(tokenize(after, add_special_tokens=False)["input_ids"])
-    place = tokenize("?", add_special_tokens=False)["input_ids"][:1]
+    place = tokenize(oracle.place, add_special_tokens=False)["input_ids"][:1]
     ids = (*head, *(place * slots), *tail)
     return Prompt(ids, prompt.text, assistant_start=len(ids) - 1), len(head)
 
@@ -488,6 +575,8 @@ def _training(m: Model, name: str) -> Iterator[list[Tensor]]:
     finally:
         for path, parameter in m.hf.named_parameters():
             parameter.requires_grad_(wanted.get(path, False))
+            if f".{name}." in path:
+                parameter.grad = None  # as large as the adapter itself
 
 
 def _loss(
@@ -539,23 +628,34 @@ def _progress(steps: int) -> Any:
 
 
 def _answers(
-    m: Model, oracle: Oracle, asked: tuple[Prompt, int], vectors: Tensor, max_new_tokens: int
+    m: Model,
+    oracle: Oracle,
+    asked: Sequence[tuple[Prompt, int]],
+    vectors: Tensor,
+    max_new_tokens: int,
 ) -> list[str]:
-    prompt, start = asked
-    changes = [(_put(v, oracle.into, start),) for v in vectors]
-    done = complete(m, [prompt] * len(changes), max_new_tokens=max_new_tokens, steer=changes)
+    changes = [(_put(v, oracle.into, start),) for (_, start), v in zip(asked, vectors, strict=True)]
+    prompts = [prompt for prompt, _ in asked]
+    done = complete(m, prompts, max_new_tokens=max_new_tokens, steer=changes)
     return [decode(m, answers[0].ids).strip() for answers in done]
 
 
 @torch.no_grad()
 def _choose(
-    m: Model, oracle: Oracle, asked: tuple[Prompt, int], vectors: Tensor, choices: Sequence[str]
+    m: Model,
+    oracle: Oracle,
+    asked: Sequence[tuple[Prompt, int]],
+    vectors: Tensor,
+    choices: Sequence[str],
 ) -> Tensor:
     """Log probability [X, C] of each choice given vectors [X, slots, d], normalised over them."""
     ids = [_answer_ids(m, choice) for choice in choices]
     plan = [(x, c) for x in range(len(vectors)) for c in range(len(choices))]
     joined, changes = _joined(
-        oracle, [asked] * len(plan), [vectors[x] for x, _ in plan], [ids[c] for _, c in plan]
+        oracle,
+        [asked[x] for x, _ in plan],
+        [vectors[x] for x, _ in plan],
+        [ids[c] for _, c in plan],
     )
     out = torch.zeros(len(plan))
     for batch in batches(m, joined):
@@ -601,7 +701,10 @@ def _score(
                 for n in range(len(mine))
             ]
             length = 2 + max(len(_answer_ids(m, a)) for a in truth)
-            said = [_answers(m, oracle, asked, v, length) for v in (real, noise, real[partner])]
+            said = [
+                _answers(m, oracle, [asked] * len(mine), v, length)
+                for v in (real, noise, real[partner])
+            ]
             fits = [[a == t for a, t in zip(s, truth, strict=True)] for s in said]
             source = [a == truth[p] for a, p in zip(said[2], partner, strict=True)]
             common = max(truth.count(a) for a in set(truth)) / len(truth)

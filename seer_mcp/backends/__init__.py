@@ -17,6 +17,7 @@ from .. import plugins
 from ..config import Config
 from ..environment import SandboxSpec
 from ..errors import NotFound
+from ..model_store import Prepared
 from ..money import Price
 
 Record = dict[str, Any]
@@ -43,6 +44,8 @@ class Place:
     secrets: Mapping[str, str] = field(default_factory=dict[str, str], repr=False)
     """Values of the spec's secrets that were found on this side, by name; they go into the kernel's
     environment and nowhere else."""
+    prepared: Callable[[Prepared], None] = field(default=lambda made: None, repr=False)
+    """Hears of the copies of hidden models that the backend had made, before a machine starts."""
 
 
 class Sandbox(Protocol):

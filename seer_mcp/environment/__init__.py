@@ -2,7 +2,7 @@
 
 from .gpus import GPUS, parse_gpu
 from .investigation import BUILTIN_PACKS, Investigation, read_investigation, read_scope
-from .opening import hidden_name, opening_cells
+from .opening import Opening, hidden_name, opening_cells
 from .schema import schema
 from .shelf import Investigations, Shelf, Shelved
 from .skills import Skill
@@ -14,6 +14,7 @@ __all__ = [
     "Investigation",
     "Investigations",
     "ModelSpec",
+    "Opening",
     "Repo",
     "SandboxSettings",
     "SandboxSpec",

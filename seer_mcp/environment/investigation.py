@@ -95,6 +95,11 @@ class Investigation:
     """What its notebook can import of other sandboxes, by name."""
 
     @property
+    def asked(self) -> str:
+        """What it is started by: NAME, or NAME/VARIANT."""
+        return self.name if self.file.name == FILE else f"{self.name}/{self.file.stem}"
+
+    @property
     def models(self) -> tuple[ModelSpec, ...]:
         return self.sandbox.models
 
@@ -301,6 +306,10 @@ class _Resolver:
         spec: SandboxSpec | None = None
         try:
             settings = {key: getattr(parsed.sandbox, key) for key in SandboxSettings.model_fields}
+            if any(
+                model.hidden for model in models
+            ):  # where there is a network it can be looked up
+                settings["network"] = settings["network"] if self._says("network") else False
             spec = SandboxSpec.model_validate({**settings, "files": files, "models": models})
         except ValidationError as error:
             self._problems += _sentences(error)
@@ -326,6 +335,9 @@ class _Resolver:
             interface,
             scoped,
         )
+
+    def _says(self, key: str) -> bool:
+        return key in self._parsed.sandbox.model_fields_set
 
     def _name(self) -> str:
         if given := self._parsed.name:
@@ -463,10 +475,15 @@ class _Resolver:
         changes: dict[str, str] = {}
         for key in ("name", "adapter", "base"):
             value: str = getattr(model, key)
-            if value.startswith(("./", "../")) and (
-                found := self._inside(f"models[{at}].{key}", value)
-            ):
+            if not value.startswith(("./", "../")):
+                continue
+            before = len(self._problems)
+            if found := self._inside(f"models[{at}].{key}", value):
                 changes[key] = str(found)
+            elif model.hidden:  # the client reads it
+                self._problems[before:] = [
+                    f"models[{at}].{key}: there is no such folder in that of the investigation (its name is hidden)"
+                ]
         return model.model_copy(update=changes)
 
     def _to_put(self, key: str, value: str, kept_back: dict[Path, str]) -> Path | None:

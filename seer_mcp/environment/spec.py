@@ -203,7 +203,7 @@ class ModelSpec(Strict):
     variable: Annotated[str, AfterValidator(_variable)] = "m"
     """The variable that load_model makes of it."""
     hidden: bool = Field(default=False, strict=True)
-    """Whether the investigator must not learn which model it is."""
+    """Whether the investigator must not learn which model it is: docs/blind.md. Then the network is shut."""
 
 
 class SandboxSettings(Strict):

@@ -17,7 +17,8 @@ OWNERS_KEPT = 10_000
 BODY_BYTES = 4 * 1024 * 1024
 SAFE_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
+    # Not no-referrer: with that a browser says "Origin: null" when it sends a form, and would be refused.
+    (b"referrer-policy", b"same-origin"),
     (b"x-frame-options", b"DENY"),
     (b"cache-control", b"no-store"),
 )
@@ -111,12 +112,13 @@ class Gate:
             await self._app(scope, receive, send)
             return
         body, more, gone = await read_body(receive)
+        if gone is not None:
+            return  # the client went away: nobody waits for an answer
         lacking = sorted(self._lacking(body, user.scopes)) if not more else []
         if lacking:
             await self._insufficient(lacking)(scope, receive, send)
             return
         first: list[Message] = [{"type": "http.request", "body": body, "more_body": more}]
-        first += [gone] if gone else []
 
         async def replay() -> Message:
             return first.pop(0) if first else await receive()

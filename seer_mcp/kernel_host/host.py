@@ -655,6 +655,11 @@ class Host:
             "limits": self.limits.described(),
         }
 
+    async def op_installed(self, request: Event) -> Event:
+        from .installed import installed  # reads the disk: once, and nothing waits for it
+
+        return await asyncio.get_running_loop().run_in_executor(None, installed)
+
     async def op_run(self, request: Event) -> Event:
         return {"runs": self._enqueue(request["runs"], bool(request.get("stop_on_error", True)))}
 

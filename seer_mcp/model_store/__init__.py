@@ -6,7 +6,8 @@ store.py; `seer-mcp models` is command.py.
 """
 
 from .follow import FetchProgress, Manifest, follow, program, request, unnamed
-from .names import MODELS_VARIABLE, HubModel, hidden_map, hub_model, hub_models, kernel_map
+from .hidden import Part, Prepared, copy_here, names_of, not_hidden, parts_of, with_base
+from .names import MODELS_VARIABLE, HubModel, hub_model, hub_models, kernel_map
 from .store import ModelStore
 
 __all__ = [
@@ -15,12 +16,18 @@ __all__ = [
     "HubModel",
     "Manifest",
     "ModelStore",
+    "Part",
+    "Prepared",
+    "copy_here",
     "follow",
-    "hidden_map",
     "hub_model",
     "hub_models",
     "kernel_map",
+    "names_of",
+    "not_hidden",
+    "parts_of",
     "program",
     "request",
     "unnamed",
+    "with_base",
 ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..environment import ModelSpec, hidden_name
+from ..environment import ModelSpec
 
 MODELS_VARIABLE = "SEER_MODELS"
 """In a kernel's environment: a JSON object, the name of a model -> the folder that it lies in. Read by
@@ -78,34 +78,3 @@ def kernel_map(found: Mapping[HubModel, tuple[str, str]]) -> dict[str, str]:
         told.setdefault(f"{model.name}@{commit}", folder)
         told.setdefault(model.name, folder)
     return told
-
-
-def hidden_map(specs: Sequence[ModelSpec], told: Mapping[str, str], packs: str) -> dict[str, str]:
-    """Where a kernel finds hidden models by names that say nothing (hidden_name), beside `told`.
-
-    `packs` is the folder of that machine in which tool_packs lies, and the organisms in it.
-    """
-    found: dict[str, str] = {}
-    for number, spec in enumerate(specs, 1):
-        if not spec.hidden:
-            continue
-        asked = {"": (spec.name, spec.revision), "base": (spec.base, "")}
-        asked["adapter"] = (spec.adapter, spec.adapter_revision)
-        for part, (name, revision) in asked.items():
-            if not name:
-                continue
-            label = HubModel(name, "" if revision == MAIN else revision).label
-            folder = told.get(label) or told.get(name) or _organism_folder(name, packs) or name
-            found[hidden_name(number, part)] = folder
-    return found
-
-
-def _organism_folder(name: str, packs: str) -> str:
-    """Where the weights of a shipped organism lie; "" for what is none."""
-    if not name.startswith(ORGANISM):
-        return ""
-    organism, _, seed = name.removeprefix(ORGANISM).partition("@")
-    place = f"{packs}/tool_packs/organisms/weights"
-    return (
-        f"{place}/seed{seed}/{organism}" if seed not in ("", FIRST_SEED) else f"{place}/{organism}"
-    )

@@ -10,7 +10,7 @@ import shutil
 import time
 from asyncio import StreamReader
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,8 @@ from ..files import Lock
 from ..kernel_host.identity import MARK
 from . import fetch
 from .follow import FETCHER, Manifest, Report, follow, request, unnamed
-from .names import MODELS_VARIABLE, HubModel, hidden_map, hub_model, hub_models, kernel_map
+from .hidden import Part, Prepared, copy_here, names_of, parts_of, with_base
+from .names import MODELS_VARIABLE, HubModel, hub_model, hub_models, kernel_map
 
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 LINE_LIMIT = 32 * 1024 * 1024
@@ -158,19 +159,23 @@ class ModelStore:
         report: Callable[[str], None],
         here: Path | None = None,
         token: str = "",
-    ) -> dict[str, str]:
+        copies: Path | None = None,
+    ) -> Prepared:
         """What local kernels have to be told of these models (MODELS_VARIABLE), which are there then.
 
-        `report` gets a sentence about each second; hidden models are not named in it.
+        Of hidden ones nameless copies are made in the folder `copies`. `report` gets a sentence about
+        each second; hidden models are not named in it.
         """
         found: dict[HubModel, tuple[str, str]] = {}
+        shown: set[HubModel] = set()
+        bases: dict[int, str] = {}
         for number, spec in enumerate(specs, 1):
             label = f"model {number}" if spec.hidden else ""
             waiting = hub_models(spec, here)
             while waiting:
                 model = waiting.pop(0)
-                if model in found:
-                    continue
+                if not spec.hidden:
+                    shown.add(model)
                 try:
                     manifest = await self.fetch(
                         model, lambda p, label=label: report(p.sentence(label)), token
@@ -178,12 +183,26 @@ class ModelStore:
                 except ModelUnavailable as error:
                     raise (unnamed(error, label) if label else error) from None
                 found[model] = (manifest.commit, str(self.path_of(model)))
-                base = hub_model(manifest.base, here=here) if manifest.base else None
                 # The base that an adapter names, where nothing else was named for it to go on.
-                if base is not None and not spec.base and model.name == spec.name:
-                    waiting.append(base)
-        told = kernel_map(found)
-        return {**told, **hidden_map(specs, told, str(BUILTIN_PACKS.parent))}
+                if manifest.base and not spec.base and model.name == spec.name:
+                    bases[number] = manifest.base
+                    base = hub_model(manifest.base, here=here)
+                    waiting += [base] if base is not None else []
+        told = kernel_map({model: found[model] for model in found if model in shown})
+        hidden = [(n, spec) for n, spec in enumerate(specs, 1) if spec.hidden]
+        if not hidden or copies is None:
+            return Prepared(told)
+        report("making copies without names")
+        packs = str(BUILTIN_PACKS.parent)
+        parts: list[Part] = []
+        names: list[str] = []
+        for number, spec in hidden:
+            own = parts_of(number, spec, found, packs, bases.get(number, ""))
+            own = with_base(number, own, packs)
+            parts += own
+            names += names_of(spec, own, bases.get(number, ""))
+        made = await asyncio.to_thread(copy_here, parts, names, copies)
+        return replace(made, told={**told, **made.told})
 
     @staticmethod
     def environment(told: Mapping[str, str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from ..ipynb import read_notebook
 from ..kernel_host.fault import fault_point
 from ..notebook import Notebook
 from ..sharedfile import stamp
+from .blinding import hide_again
 from .holdings import DAMAGE, Holdings, clear_ended, release
 from .meter import taken_up
 from .record import read_record
@@ -134,6 +135,8 @@ class Finds:
         session.shared = shared
         session.investigation = investigation
         self._held.config.redactor.know(self._held.config.secrets.at_hand(named))
+        if investigation is not None:
+            hide_again(session.redactor, investigation)
         try:
             backend = await self._held.backend(backend_name)
             if sandbox_record:

@@ -41,7 +41,7 @@ class Holdings:
         """What is being started, and what failed to within the last hour."""
         self.ending: dict[str, tuple[str, EndUnconfirmed]] = {}
         """Failed starts that may have left a machine: their owner, and what is known."""
-        self.observer = Observer(config.state_dir, config.audit_code, config.redactor)
+        self.observer = Observer(config.state_dir, config.audit_code, config.log_redactor)
         self.book = SpendBook(config.state_dir / "spend.jsonl", self.observer.instance)
         self.work: set[asyncio.Task[Any]] = set()
         self._backends: dict[str, Backend] = {}
@@ -79,7 +79,15 @@ class Holdings:
         created: float,
     ) -> Session:
         session = Session(
-            handle, name, owner, backend, document, folder, lock, created, self.config.redactor
+            handle,
+            name,
+            owner,
+            backend,
+            document,
+            folder,
+            lock,
+            created,
+            self.config.redactor.child(),
         )
         session.on_change = lambda s, cell: self.on_change(s, cell)
         session.on_asked = lambda s, asked: self.on_asked(s, asked)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ..files import private_dir, resolve_inside, write_json
 from ..money import Price
 from ..observe import Observer
 from ..packs import Listing, Packs
+from ..redact import Redactor
 from ..spend import SpendBook
 from .finds import Finds
 from .holdings import Holdings
@@ -238,6 +239,15 @@ class Register:
         session = self._held.sessions.get(handle)
         shared = self.config.team and session is not None and session.shared
         return await self.get(handle, session.owner if session and shared else owner)
+
+    def redactor_of(self, *told: Mapping[str, Any] | None) -> Redactor:
+        """What must not be shown in the answer to a call: of the sandbox that arguments or answer name."""
+        for each in told:
+            named = (each or {}).get("sandbox") or (each or {}).get("seer/sandbox")
+            handle = named.get("handle") if isinstance(named, dict) else named
+            if isinstance(handle, str) and (session := self._held.sessions.get(handle)):
+                return session.redactor
+        return self.config.redactor
 
     def may_read(self, uri: str, owner: str) -> bool:
         """Whether the resource of a sandbox is the caller's, or shared with the team."""

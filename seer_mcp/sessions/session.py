@@ -49,6 +49,7 @@ SAVE_AGAIN_SECONDS = 2.0
 INSIST_SECONDS = 60.0  # between two tries to end a machine
 FILE_PIECE = 2_000_000
 ASKED = "application/vnd.seer.asked+json"  # of tool_packs/scoped_client.py
+OBSERVED = "application/vnd.seer.observed+json"  # of tool_packs/blind.py
 SLICE = 0.02  # seconds of folding after which other tasks get a turn
 
 
@@ -146,8 +147,13 @@ class Session:
         self.on_run_over: Callable[[Session, RunInfo], None] = lambda session, run: None
         self.on_asked: Callable[[Session, Any], None] = lambda session, asked: None
         """Hears what the notebook asks of its scoped sandboxes, perhaps again after a restart."""
-        self._redactor = redactor or Redactor()
-        self._events = EventRedactor(self._redactor, self._fold)
+        self.redactor = redactor or Redactor()
+        """What must not be shown of it: secrets, and the names of its hidden models."""
+        self.observed: dict[str, Any] | None = None
+        """What the probes of hidden models found, as they said it: for the server alone, and …"""
+        self.observing = False
+        """… only while it asks for that."""
+        self._events = EventRedactor(self.redactor, self._fold)
         self._sandbox: Sandbox | None = None
         self._left_behind: Callable[[], Awaitable[Path | None]] = nothing
         self._link: Link | None = None
@@ -175,9 +181,7 @@ class Session:
                 else (self._closing_why or "its host process ended unexpectedly")
             )
 
-        self._link = Link(
-            sandbox.dial, start, self._events.take, self._damaged, is_gone, self._lost
-        )
+        self._link = Link(sandbox.dial, start, self._take, self._damaged, is_gone, self._lost)
         self._link.open()
         self._saver = asyncio.create_task(
             self.notebook.keep_saved(), name=f"saver of {self.handle}"
@@ -251,7 +255,7 @@ class Session:
             if stopped and event["type"] == "end" and event["state"] == "expired":
                 event.update(state="interrupted", why=stopped)
             if not stopped or event["type"] != "closing":
-                self._events.take(event)
+                self._take(event)
 
         events = Events(start, fold, self._damaged)
         try:
@@ -470,6 +474,14 @@ class Session:
 
     # -- events -------------------------------------------------------------------------------
 
+    def _take(self, event: Event) -> None:
+        """The first to hear of an event. What probes found is judged as it is, and goes no further."""
+        if event["type"] == "display" and OBSERVED in event["data"]:
+            if self.observing:
+                self.observed = event["data"][OBSERVED]
+            event = {"n": event["n"], "type": "asked", "run": event.get("run")}
+        self._events.take(event)
+
     def _fold(self, event: Event) -> None:
         kind = event["type"]
         if kind == "display" and ASKED in event["data"]:
@@ -544,9 +556,7 @@ class Session:
             self._fold_into(run, event)
 
         first = known["first"]
-        run.recalled = await recall(
-            sandbox.dial, self._redactor, id, first, lambda: link.last, fold
-        )
+        run.recalled = await recall(sandbox.dial, self.redactor, id, first, lambda: link.last, fold)
         run.over.set()
         if self.runs.get(id) is here:
             self.runs[id] = run
@@ -772,6 +782,11 @@ class Session:
         found = await self._linked().request("status", timeout=5.0)
         self.lease.heard(found)
         return found
+
+    async def installed(self) -> dict[str, Any]:
+        """Versions of what the kernel can import: python, machine, packages."""
+        found = await self._linked().request("installed")
+        return {key: found[key] for key in ("python", "machine", "packages") if key in found}
 
     async def extend(self, lifetime: float | None, idle_limit: float | None) -> Lease:
         """Move the end of the lease: seconds from now, and without use. The host knows the bound."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import __version__
 from ..backends import Backend, Place, Progress
 from ..environment import Investigation, SandboxSpec, opening_cells
 from ..errors import (
@@ -26,10 +27,12 @@ from ..findings import record_path
 from ..interface import module_source
 from ..ipynb import read_notebook
 from ..kernel_host.fault import fault_point
+from ..kernel_host.limits import without_network
 from ..model_store import ModelStore
 from ..money import Price, hard_stop, terms
 from ..notebook import Notebook, why_not
 from ..sharedfile import stamp
+from .blinding import Blinding, hidden, refuse_what_tells
 from .holdings import Holdings, release
 from .meter import Meter
 from .session import INSIST_SECONDS, Session
@@ -75,6 +78,7 @@ class Starts:
     ) -> Starting:
         """Begin to start a sandbox. What can be told at once is told at once, by raising."""
         self._allowed(owner, spec)
+        refuse_what_tells(spec)
         backend = await self._held.backend(spec.backend)
         source = self._existing(notebook, owner) if notebook else None
         stem = source.stem if source else investigation.name if investigation else "sandbox"
@@ -212,9 +216,15 @@ class Starts:
         if found.missing and not backend.has_secrets:
             raise BadInput("secrets", list(found.missing), config.secrets.missing(found.missing))
 
-        def report(text: str) -> None:
-            start.say(config.redactor.text(text))
+        shown = config.redactor
 
+        def report(text: str) -> None:
+            text = shown.text(text)
+            start.say(text)
+            if blinding is not None:
+                blinding.said.append(text)
+
+        blinding: Blinding | None = None
         spec, price, lasts, start.terms = await self.price(spec, owner)
         report(start.terms)
         seen = stamp(source) if source and not fork else None
@@ -231,6 +241,9 @@ class Starts:
         )
         session.notebook_lock = notebook_lock
         session.secrets = spec.secrets
+        shown = session.redactor
+        if hidden(spec.models):
+            blinding = Blinding(session, config.log_redactor, spec)
         if order.investigation is not None:
             session.investigation = order.investigation.file
         if price is not None:
@@ -256,13 +269,14 @@ class Starts:
             order.packs,
             owner,
             found.values,
+            blinding.prepared if blinding is not None else lambda made: None,
         )
         attached = False
         try:
             write_json(state_dir / "record.json", session.record())
             if source and fork:
                 await asyncio.to_thread(document.copy_long_outputs, source)
-            spec = await self._with_models(spec, found.values, report)
+            spec = await self._with_models(spec, found.values, report, blinding)
             if session.meter is not None:
                 session.meter.note()  # before the machine is asked for
             sandbox = await backend.start(spec, place, report)
@@ -276,13 +290,23 @@ class Starts:
             await session.kernel_ready(READY_SECONDS)
             await session.status()
             fault_point("start.ready")
-            document.metadata["seer"] = {"sandbox": handle, "backend": spec.backend}
+            document.metadata["seer"] = {
+                "sandbox": handle,
+                "backend": spec.backend,
+                "environment": await self._environment(session, spec),
+            }
+            if order.investigation is not None:
+                document.metadata["seer"]["investigation"] = order.investigation.asked
             session.note_cost()
             document.unhold()
-            if order.investigation is not None and source is None:
-                await self._open_with(session, order.investigation)
+            if order.investigation is not None:
+                await self._open_with(
+                    session, order.investigation, source is None, report, blinding
+                )
             await session.save()
         except BaseException as failure:
+            if blinding is not None:
+                blinding.without_names(failure)
             try:
                 if isinstance(failure, EndUnconfirmed):
                     raise
@@ -297,12 +321,29 @@ class Starts:
         self._held.note("started", session)
         return session
 
-    async def _open_with(self, session: Session, found: Investigation) -> None:
-        """Begin the notebook with the task, and have the cells run that load models and set up."""
+    async def _environment(self, session: Session, spec: SandboxSpec) -> dict[str, object]:
+        """What the notebook says that it was made with."""
+        gpu = {"gpu": f"{spec.gpu_count} x {spec.gpu}"} if spec.gpu else {}
+        return {"seer-mcp": __version__, **gpu, **await session.installed()}
+
+    async def _open_with(
+        self,
+        session: Session,
+        found: Investigation,
+        empty: bool,
+        report: Progress,
+        blinding: Blinding | None,
+    ) -> None:
+        """What its notebook imports; an empty one begins with the task and the cells that load models and set up."""
         for name, scope in found.scoped.items():
             assert scope.interface is not None
             text = module_source(name, scope.interface)
             await session.write_file(f"{name}.py", text.encode())
+        if not empty:
+            return
+        if blinding is not None:
+            await blinding.open_with(opening_cells(found), found, report)
+            return
         cells = [session.notebook.insert(kind, source) for kind, source in opening_cells(found)]
         if code := [cell for cell in cells if cell.kind == "code"]:
             session.opening = await session.run_cells(code)
@@ -327,17 +368,32 @@ class Starts:
         return lock, notebook_lock
 
     async def _with_models(
-        self, spec: SandboxSpec, secrets: Mapping[str, str], report: Progress
+        self,
+        spec: SandboxSpec,
+        secrets: Mapping[str, str],
+        report: Progress,
+        blinding: Blinding | None,
     ) -> SandboxSpec:
         """Local sandboxes find their models on this disk: they are fetched now, and named in the environment."""
         if spec.backend != "local" or not spec.models:
             return spec
         config = self._held.config
         store = ModelStore(config.models_dir, spec.python or config.python, config.fetch_env)
-        told = await store.fetch_all(
-            spec.models, report, here=config.project_dir, token=secrets.get("HF_TOKEN", "")
+        made = await store.fetch_all(
+            spec.models,
+            report,
+            here=config.project_dir,
+            token=secrets.get("HF_TOKEN", ""),
+            copies=blinding.place / "models" if blinding is not None else None,
         )
-        return spec.model_copy(update={"env": {**spec.env, **store.environment(told)}})
+        changes: dict[str, object] = {}
+        env = {**spec.env, **store.environment(made.told)}
+        if blinding is not None:
+            blinding.prepared(made)
+            env |= blinding.environment()
+            if spec.blocked and not await asyncio.to_thread(without_network):
+                blinding.netless, changes["network"] = False, True  # the receipt says it
+        return spec.model_copy(update={**changes, "env": env})
 
     def _cleared(self, session: Session, path: Path, source: Path | None) -> None:
         """Nothing of a start that failed is left."""

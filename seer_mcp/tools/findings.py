@@ -12,7 +12,7 @@ from mcp.server.mcpserver.tools import Tool
 from mcp.types import CallToolResult, CreateMessageResult, SamplingMessage, TextContent
 from pydantic import Field
 
-from .. import grading
+from .. import about, grading
 from ..environment import read_investigation
 from ..errors import BadInput, SeerError
 from ..findings import Findings, read_record, record_path, shown, written
@@ -144,7 +144,9 @@ def tools(register: Register) -> list[Tool]:
         before = read_record(path)
         number = len(before) + 1
         grader = grader_of(session)
-        cell = session.notebook.insert("markdown", found.markdown(number))
+        session.note_cost()
+        closing = about.closing(session.notebook.path, about.facts(session.notebook.metadata))
+        cell = session.notebook.insert("markdown", found.markdown(number, closing))
         cell.note(findings=number)
         await session.save()
         submission = written(

@@ -159,5 +159,12 @@ def tools(register: Register) -> list[Tool]:
 
     return [
         tool(read_outputs, "Read outputs", read_only=True, idempotent=True, core=True),
-        tool(read_notebook, "Read the notebook", read_only=True, idempotent=True, core=True),
+        tool(
+            read_notebook,
+            "Read the notebook",
+            read_only=True,
+            idempotent=True,
+            core=True,
+            app=True,
+        ),
     ]

@@ -328,7 +328,7 @@ def tools(register: Register) -> list[Tool]:
         ).result()
 
     return [
-        tool(start_sandbox, "Start a sandbox", open_world=True, core=True),
+        tool(start_sandbox, "Start a sandbox", open_world=True, core=True, app=True),
         tool(list_sandboxes, "List sandboxes", read_only=True, idempotent=True, core=True),
         tool(stop_sandbox, "Stop a sandbox", destructive=True, idempotent=True),
         tool(extend_sandbox, "Extend a sandbox's life", idempotent=True),

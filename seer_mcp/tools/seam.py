@@ -18,6 +18,8 @@ from ..render import Answer
 from ..text import printable
 
 LOCAL_OWNER = "local"
+NOTEBOOK_APP = "ui://seer/notebook.html"
+"""What a host of MCP Apps shows for a tool of a notebook (server.py)."""
 # Tools whose call runs code that the caller chose, or puts it where it will be run.
 RUN_CODE = frozenset(
     ["create_cell", "run_cell", "edit_cell", "load_model", "run_command", "write_file"]
@@ -65,8 +67,12 @@ def tool(
     idempotent: bool = False,
     open_world: bool = False,
     core: bool = False,
+    app: bool = False,
 ) -> Tool:
-    """A tool with all four annotations; its docstring is what the agent reads."""
+    """A tool with all four annotations; its docstring is what the agent reads. `app`: hosts that can show the
+    live notebook beside its result."""
+    meta = {"anthropic/alwaysLoad": True} if core else {}
+    shown = {"ui": {"resourceUri": NOTEBOOK_APP}} if app else {}
     return Tool.from_function(
         fn,
         title=title,
@@ -77,7 +83,7 @@ def tool(
             idempotent_hint=idempotent,
             open_world_hint=open_world,
         ),
-        meta={"anthropic/alwaysLoad": True} if core else None,
+        meta={**meta, **shown} or None,
         structured_output=False,
     )
 

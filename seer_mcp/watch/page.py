@@ -7,6 +7,7 @@ import html
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def code_style() -> str:
     return f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
 
 
+def style() -> str:
+    """All of the pages' CSS."""
+    sheet = files("seer_mcp.watch") / "static" / "watch.css"
+    return sheet.read_text(encoding="utf-8") + code_style()
+
+
+def markdown_html(text: str) -> str:
+    """Markdown of a notebook, without markup of its own."""
+    return _markdown().render(shown(text, SHOWN_SOURCE))
+
+
 def read_cells(path: Path) -> list[CellHtml]:
     """The cells of a notebook file. Raises OSError or ValueError."""
     found = json.loads(path.read_bytes())
@@ -74,7 +86,7 @@ def cell_html(cell: dict[str, Any], number: int) -> CellHtml:
     id = str(cell.get("id") or f"cell-{number}")
     source = shown(joined(cell.get("source")), SHOWN_SOURCE)
     if cell.get("cell_type") != "code":
-        body = f'<div class="markdown">{_markdown().render(source)}</div>'
+        body = f'<div class="markdown">{markdown_html(source)}</div>'
         return CellHtml(
             id, f'<article class="cell text" id="{attribute(id)}" tabindex="0">{body}</article>'
         )
@@ -104,7 +116,10 @@ def output_html(output: dict[str, Any]) -> str:
     kind = output.get("output_type")
     if kind == "stream":
         name = "stderr" if output.get("name") == "stderr" else "stdout"
-        return f'<pre class="{name}">{text_html(joined(output.get("text")))}</pre>'
+        text = text_html(joined(output.get("text")))
+        return (
+            f'<pre class="{name}">{text}</pre>' if text.strip() else ""
+        )  # as after a progress bar
     if kind == "error":
         lines = output.get("traceback") or [f"{output.get('ename')}: {output.get('evalue')}"]
         return f'<pre class="error">{text_html(chr(10).join(map(str, lines)))}</pre>'

@@ -13,12 +13,12 @@ from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from sse_starlette.sse import EventSourceResponse
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ..errors import NotFound, SeerError
-from .page import CellHtml, code_style, read_cells
+from .page import CellHtml, read_cells, style
 from .source import Card, Source, day, finished, notebook_in
 from .visitors import COOKIE, HOURS, OneTime, Visitor, Visitors
 
@@ -50,7 +50,7 @@ class Pages:
         static = files("seer_mcp.watch") / "static"
         self._static = {
             "watch.js": (static.joinpath("watch.js").read_text(), "text/javascript"),
-            "watch.css": (static.joinpath("watch.css").read_text() + code_style(), "text/css"),
+            "watch.css": (style(), "text/css"),
         }
 
     def routes(self) -> list[BaseRoute]:
@@ -98,8 +98,11 @@ class Pages:
                 return PlainTextResponse("Invalid Origin header", 403)
             if int(request.headers.get("content-length") or FORM_BYTES + 1) > FORM_BYTES:
                 return PlainTextResponse("Too large", 413)
-            async with request.form(max_files=0, max_fields=2) as form:
-                given = str(form.get("token") or "")
+            try:
+                async with request.form(max_files=0, max_fields=2) as form:
+                    given = str(form.get("token") or "")
+            except ClientDisconnect:
+                return PlainTextResponse("Nothing came", 400)
         elif self._once is not None and (once := request.query_params.get("once")):
             given = self._once.exchange(once) or "used"
         if not given:

@@ -119,10 +119,6 @@ class ServerSource:
         if session.ended is None and (left := session.lease.left()) is not None:
             said.append(f"ends in {duration(left)} at the latest")
         said += session.warnings()
-        busy = [cell.id for cell in session.notebook.cells if cell.state in UNFINISHED]
-        state = (
-            "ended" if session.ended is not None else "running" if busy else session.kernel_state
-        )
         if session.ended is not None:
             said.insert(0, session.ended)
         return Card(
@@ -130,7 +126,7 @@ class ServerSource:
             session.name,
             session.owner,
             session.backend_name,
-            state,
+            state_of(session),
             "; ".join(said),
             session.notebook.path,
             session.created,
@@ -138,6 +134,14 @@ class ServerSource:
             session.owner == owner,
             session.shared,
         )
+
+
+def state_of(session: Session) -> str:
+    """running while a cell is, ended, or what its kernel is."""
+    if session.ended is not None:
+        return "ended"
+    busy = any(cell.state in UNFINISHED for cell in session.notebook.cells)
+    return "running" if busy else session.kernel_state
 
 
 class FolderSource:

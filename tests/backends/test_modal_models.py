@@ -97,14 +97,32 @@ async def test_a_gated_model_is_fetched_once_and_its_token_stays_away(
 
 
 async def test_a_hidden_model_is_named_nowhere(bench: Bench, control: Controller, hub: Hub) -> None:
-    hub.add_folder("lab/secret-organism", BASE)
+    """Its copy has no card and no name; it is made once, and its organism comes with the files."""
+    files = {path.name: path.read_bytes() for path in BASE.iterdir()}
+    config = {**json.loads(files["config.json"]), "_name_or_path": "lab/secret-organism"}
+    files["config.json"] = json.dumps(config).encode()
+    files["README.md"] = b"# secret-organism"
+    hub.add("lab/secret-organism", files)
     hub.accounts[TOKEN] = set()
     told: list[str] = []
-    box = await start(bench, told, ModelSpec(name="lab/secret-organism", hidden=True))
-    assert not [line for line in told if "secret-organism" in line]
-    found = (await box.command("ls /models/1; grep -rIl secret-organism /models || true")).text()
-    assert "model.safetensors" in found and "manifest.json" not in found
+    models = (
+        ModelSpec(name="lab/secret-organism", hidden=True),
+        ModelSpec(name="organism:user_female", variable="n", hidden=True),
+    )
+    box = await start(bench, told, *models)
+    assert told and not [line for line in told if "secret-organism" in line]
+    there = json.loads(await box.value("__import__('os').environ['SEER_MODELS']"))
+    assert sorted(there) == ["model_1", "model_2", "model_2_base"]
+    assert there["model_1"] == "/models/1"
+    found = (await box.command("ls /models/1; grep -rIl secret-organism /models . || true")).text()
+    assert "model.safetensors" in found and "manifest.json" not in found and "README" not in found
     assert "secret-organism" not in found and "/models/" not in found
+    listed = (await box.command(f"ls -a {there['model_2']} {there['model_2_base']}")).text()
+    assert "adapter_model.safetensors" in listed and "config.json" in listed
+    assert "organism.json" not in listed
+    machines = len(fetched(control))
+    await start(bench, [], models[0])
+    assert len(fetched(control)) == machines == 2  # one fetched, one copied
 
 
 @pytest.mark.parametrize("name", ["lab/gated", "lab/nothing"])

@@ -109,7 +109,8 @@ class Endpoint:
         self.port = port
         self.url = f"http://127.0.0.1:{port}/mcp"
         self.register: Any = None
-        """That of a server in this process."""
+        """That of a server in this process, and what it answers."""
+        self.routes: list[Any] = []
 
     @asynccontextmanager
     async def lab(
@@ -145,6 +146,7 @@ async def http_server(config: Any, **serving: Any) -> AsyncIterator[Endpoint]:
                 await asyncio.sleep(0.01)
         endpoint = Endpoint(config.project_dir.parent, port)
         endpoint.register = app.state.seer.register
+        endpoint.routes = app.routes
         yield endpoint
     finally:
         server.should_exit = True

@@ -145,9 +145,10 @@ def test_o04_a_host_that_was_frozen_loses_no_line_and_holds_the_kernel(place: Gr
         while not any(f.stat().st_size > MB for f in outputs.glob("*.outputs/*")):
             assert time.monotonic() < end + 20, "it did not go on"
             time.sleep(0.1)
-        stopped = server.call("interrupt", sandbox=handle)
-        assert not stopped.get("isError"), raw_text(stopped)
-        result = finished(server, handle, result, 20)
+        server.call(
+            "interrupt", sandbox=handle
+        )  # on a busy machine it may end later than this call
+        result = finished(server, handle, result, 30)
         assert result["_meta"]["seer/run"]["state"] == "interrupted"
         numbers = [int(n) for n in re.findall(r"<(\d{5})>", spilled(result).read_text())]
         assert len(numbers) > 6000 and numbers == list(range(len(numbers)))

@@ -114,8 +114,8 @@ async def test_the_listing_is_unchanged_by_calls(lab: Lab) -> None:
 async def test_notebooks_and_cells_are_resources(lab: Lab) -> None:
     handle = await lab.start()
     cell = (await lab.cell(handle, "print('seen')")).meta["seer/run"]["cell"]
-    guide, resource = (await lab.client.list_resources()).resources
-    assert str(guide.uri) == "seer://methodology"
+    *fixed, resource = (await lab.client.list_resources()).resources
+    assert {str(one.uri) for one in fixed} == {"seer://methodology", "ui://seer/notebook.html"}
     assert str(resource.uri) == f"seer://sandboxes/{handle}/notebook"
     (content,) = (await lab.client.read_resource(str(resource.uri), cache_mode="bypass")).contents
     book = json.loads(content.text)

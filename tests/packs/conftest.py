@@ -34,7 +34,7 @@ def llama(models):
 
 
 @pytest.fixture(autouse=True)
-def no_hook_left(models):
+def no_hook_and_no_gradient_left(models):
     """Every test of the packs leaves the models as it found them."""
     yield
     for name, m in models.items():
@@ -46,3 +46,5 @@ def no_hook_left(models):
             if not hook.__module__.startswith("transformers")
         ]
         assert not left, f"hooks left on {name}: {left}"
+        left = [path for path, weight in m.hf.named_parameters() if weight.grad is not None]
+        assert not left, f"gradients left on {name}: {left}"

@@ -11,13 +11,16 @@ import torch
 
 import tool_packs
 
-MODULES = sorted(p.stem for p in Path(tool_packs.__file__).parent.glob("[a-z]*.py"))
+FOLDER = Path(tool_packs.__file__).parent
+MODULES = sorted(p.stem for p in FOLDER.glob("[a-z]*.py"))
+# Two modules are used by the server and by what it writes, not by a reader of list_techniques.
+NO_PACKS = {"scoped", "scoped_client"}
 SECTIONS = ("Returns", "Raises", "Use when", "Not when", "Cost", "Controls", "Paper", "Example")
 
 
 def literal_all(module):
     """`__all__` as the server reads it: from the source, without an import."""
-    source = Path(tool_packs.__file__).parent / f"{module}.py"
+    source = FOLDER / f"{module}.py"
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(target, ast.Name) and target.id == "__all__":
@@ -27,6 +30,8 @@ def literal_all(module):
 
 def techniques():
     for module in MODULES:
+        if module in NO_PACKS:
+            continue
         loaded = importlib.import_module(f"tool_packs.{module}")
         for name in literal_all(module):
             if inspect.isfunction(getattr(loaded, name)):

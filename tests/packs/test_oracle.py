@@ -7,7 +7,7 @@ from tool_packs import organisms
 from tool_packs.errors import ModelError, TextError
 from tool_packs.generation import generate
 from tool_packs.models import load_model
-from tool_packs.oracle import _prompt, _put, ask, train
+from tool_packs.oracle import Oracle, _prompt, _put, ask, load, train
 from tool_packs.organisms import world
 from tool_packs.organisms.world import assistant, user
 
@@ -37,7 +37,7 @@ def test_activations_are_added_as_long_as_the_states_they_are_added_to():
 
 
 def test_the_places_stand_where_they_are_said_to(llama):
-    prompt, start = _prompt(llama, "Who?", 3)
+    prompt, start = _prompt(llama, Oracle("", [1], 0, "last", 3, []), "Who?", 3, 1)
     place = llama.tokenizer("?", add_special_tokens=False)["input_ids"][0]
     assert prompt.ids[start : start + 3] == (place,) * 3
     text = llama.tokenizer.decode(prompt.ids)
@@ -95,6 +95,43 @@ def test_the_forced_choice_is_normalised_and_has_its_controls(fresh):
     assert torch.allclose(r["lift"], want, atol=1e-5)
     assert "random vectors" in r.summary()
     assert m.active_adapter is None
+
+
+def test_a_published_oracle_is_told_the_layer_and_takes_any_number_of_activations(fresh, tmp_path):
+    m = fresh("llama")
+    small(m, "oracle").save(m, tmp_path)
+    other = fresh("llama")
+    o = load(other, str(tmp_path / "oracle"), [1, 2], positions=(0, 2), place="?")
+    assert other.active_adapter is None
+    (place,) = other.tokenizer("?", add_special_tokens=False)["input_ids"]
+    for layer in (1, 2):
+        prompt, start = _prompt(other, o, "who", 2, layer)
+        assert prompt.ids[start : start + 2] == (place, place)
+        assert prompt.ids.count(place) == 2
+        assert f"Layer: {layer}\n" in prompt.text
+    r = ask(other, o, ["the cat sat", "the dog sat"], "cat or dog?", choices=["cat", "dog"])
+    assert r["logprobs"].shape == (2, 2, 2)
+    with pytest.raises(TextError, match="no question"):
+        ask(other, o, "the cat sat")
+    with pytest.raises(TextError, match=r"has no .places"):
+        load(other, o.name, prompt="{question}")
+    with pytest.raises(TextError, match=r"'mat on' is . tokens"):
+        load(other, o.name, place="mat on")
+
+
+def test_a_saved_oracle_answers_as_before(fresh, tmp_path):
+    m = fresh("llama")
+    o = small(m, "oracle")
+    o.save(m, tmp_path)
+    other = fresh("llama")
+    again = load(
+        other, str(tmp_path / "oracle"), o.layers, into=o.into, prompt=o.prompt, place=o.place
+    )
+    said = [
+        ask(x, y, "the cat sat", "cat or dog?", choices=["cat", "dog"])["logprobs"]
+        for x, y in ((m, o), (other, again))
+    ]
+    assert torch.allclose(*said, atol=1e-5)
 
 
 def test_bad_input_is_told(fresh):

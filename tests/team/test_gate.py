@@ -187,6 +187,8 @@ async def test_health_tells_nothing_and_pages_check_the_host(place: Ground) -> N
             answer = await http.get(base + path, headers={"Host": "10.0.0.1"})
             assert (answer.status_code, answer.text) == (200, says)
         assert (await http.get(base + "/", headers={"Host": "evil.example"})).status_code == 421
+        # With no-referrer a browser's own form would come with "Origin: null", which is refused.
+        assert (await http.get(base + "/")).headers["referrer-policy"] == "same-origin"
         assert (
             await http.get(base + "/", headers={"Origin": "http://evil.example"})
         ).status_code == 403

@@ -108,7 +108,8 @@ async def test_t01_no_resource_of_somebody_else_is_read_or_told_of(
         assert uri in {str(r.uri) for r in (await anna.client.list_resources()).resources}
         seen = {str(r.uri) for r in (await ben.client.list_resources()).resources}
         assert not {one for one in seen if one.startswith("seer://sandboxes/")}
-        for other in (uri, f"seer://sandboxes/{handle}/cells/abc"):
+        pages = (f"seer://sandboxes/{handle}/cells/abc", f"seer://sandboxes/{handle}/page")
+        for other in (uri, *pages):
             with pytest.raises(MCPError) as theirs:
                 await ben.client.read_resource(other)
             with pytest.raises(MCPError) as nobodys:

@@ -9,30 +9,37 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import modal
 import modal.exception
 
 from ...config import Config
-from ...environment import ModelSpec
+from ...environment import BUILTIN_PACKS, ModelSpec, SandboxSpec
 from ...errors import BadInput, Conflict, ModelUnavailable
 from ...model_store import (
     MODELS_VARIABLE,
     FetchProgress,
     HubModel,
     Manifest,
+    Part,
+    Prepared,
+    copy_here,
     follow,
-    hidden_map,
     hub_model,
     hub_models,
     kernel_map,
+    names_of,
+    parts_of,
     program,
     request,
     unnamed,
+    with_base,
 )
-from .. import Progress
+from .. import Place, Progress
 from .account import APP, HANDLE, Account
+from .copies import Copies
 from .image import PYTHON, UV, Images
 from .sandbox import THERE, ModalSandbox
 
@@ -40,6 +47,8 @@ HUB_CLIENT = "huggingface_hub>=1,<3"
 PLACES = "/models"  # where a kernel finds them, by numbers: a path names no model
 VOLUME = "/model"  # where the machine that fetches has the volume
 FETCHER = "/seer/fetch"
+ON_VOLUME = "volume:"  # how a folder begins that is on one
+SENT = ".models"  # in the working folder: copies that came with the files
 FETCH_SECONDS = 6 * 3600
 CORES, MEBIBYTES = 2.0, 4096
 OF_MODELS = "seer-model-"  # what volumes of models, and machines that fetch them, are called
@@ -54,35 +63,121 @@ class Models:
         self._env |= config.secrets.at_hand(["HF_TOKEN"])
         self._env |= {name: value for name, value in config.fetch_env.items() if name in FETCHING}
         self._images = images
+        self._copies = Copies(account, images)
 
     async def ready(
-        self, specs: tuple[ModelSpec, ...], tags: dict[str, str], app: Any, report: Progress
-    ) -> tuple[dict[str, Any], dict[str, str]]:
-        """Volumes to mount, and what the kernel has to be told. Raises ModelUnavailable, or modal's errors."""
-        found: dict[HubModel, tuple[str, str]] = {}
-        volumes: dict[str, Any] = {}
-        for number, spec in enumerate(specs, 1):
-            self._check(spec)
-            label = f"model {number}" if spec.hidden else ""
-            waiting = hub_models(spec, self._here)
+        self,
+        spec: SandboxSpec,
+        place: Place,
+        tags: dict[str, str],
+        app: Any,
+        report: Progress,
+    ) -> tuple[dict[str, Any], SandboxSpec]:
+        """Volumes to mount, and the spec with what the kernel has to be told.
+
+        Raises ModelUnavailable, or modal's errors.
+        """
+        found: dict[HubModel, tuple[Any, Manifest]] = {}
+        shown: set[HubModel] = set()
+        bases: dict[int, str] = {}
+        for number, each in enumerate(spec.models, 1):
+            self._check(each)
+            label = f"model {number}" if each.hidden else ""
+            waiting = hub_models(each, self._here)
             while waiting:
                 model = waiting.pop(0)
-                if model in found:
-                    continue
+                if not each.hidden:
+                    shown.add(model)
                 try:
-                    volume, manifest = await self._model(model, label, tags, app, report)
+                    if model not in found:
+                        found[model] = await self._model(model, label, tags, app, report)
                 except ModelUnavailable as error:
                     raise (unnamed(error, label) if label else error) from None
-                place = f"{PLACES}/{len(found) + 1}"
-                volumes[place], path = mounted(volume, place, spec.hidden)
-                found[model] = (manifest.commit, path)
-                base = hub_model(manifest.base, here=self._here) if manifest.base else None
+                manifest = found[model][1]
                 # The base that an adapter names, where nothing else was named for it to go on.
-                if base is not None and not spec.base and model.name == spec.name:
-                    waiting.append(base)
-        told = kernel_map(found)
-        told |= hidden_map(specs, told, THERE.packs)
-        return volumes, {MODELS_VARIABLE: json.dumps(told)} if told else {}
+                if manifest.base and not each.base and model.name == each.name:
+                    bases[number] = manifest.base
+                    base = hub_model(manifest.base, here=self._here)
+                    waiting += [base] if base is not None else []
+        volumes: dict[str, Any] = {}
+        told: dict[HubModel, tuple[str, str]] = {}
+        for model in (model for model in found if model in shown):
+            volume, manifest = found[model]
+            at = f"{PLACES}/{len(volumes) + 1}"
+            volumes[at] = volume.with_mount_options(read_only=True)
+            told[model] = (manifest.commit, f"{at}/files")
+        names = kernel_map(told)
+        files: dict[str, str] = {}
+        if any(each.hidden for each in spec.models):
+            report("making copies without names")
+            made, mounts, files = await self._hidden(
+                spec, place, found, bases, len(volumes), tags, app
+            )
+            place.prepared(made)
+            volumes |= mounts
+            names |= made.told
+        env = {MODELS_VARIABLE: json.dumps(names)} if names else {}
+        if files or any(each.hidden for each in spec.models):
+            env |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        changes = {"env": {**spec.env, **env}, "files": {**spec.files, **files}}
+        return volumes, spec.model_copy(update=changes)
+
+    async def _hidden(
+        self,
+        spec: SandboxSpec,
+        place: Place,
+        found: dict[HubModel, tuple[Any, Manifest]],
+        bases: dict[int, str],
+        mounted: int,
+        tags: dict[str, str],
+        app: Any,
+    ) -> tuple[Prepared, dict[str, Any], dict[str, str]]:
+        """Copies without names: of hub models on their volumes, of organisms sent with the files."""
+        parts: list[Part] = []
+        names: list[str] = []
+        names_for: dict[str, list[str]] = {}
+        here = str(BUILTIN_PACKS.parent)
+        there = {model: ("", ON_VOLUME + model.key) for model in found}
+        for number, each in enumerate(spec.models, 1):
+            if each.hidden:
+                base = bases.get(number, "")
+                own = parts_of(number, each, there, here, base)
+                if not own[0].folder.startswith(ON_VOLUME):
+                    own = with_base(number, own, here)
+                parts += own
+                local = [part for part in own if not part.folder.startswith(ON_VOLUME)]
+                names_for |= {part.alias: names_of(each, local, base) for part in own}
+                names += names_for[own[0].alias]
+        names = list(dict.fromkeys(names))
+        by_key = {ON_VOLUME + model.key: model for model in found}
+        sent = await asyncio.to_thread(
+            copy_here,
+            [part for part in parts if part.folder not in by_key],
+            names,
+            place.state_dir / "blind" / "models",
+        )
+        files = {f"{SENT}/{Path(folder).name}": folder for folder in set(sent.told.values())}
+        told = {
+            alias: f"{THERE.cwd}/{SENT}/{Path(folder).name}" for alias, folder in sent.told.items()
+        }
+        copies, learnt = dict(sent.copies), list(names)
+        mounts: dict[str, Any] = {}
+        done: dict[str, str] = {}
+        for part in parts:
+            model = by_key.get(part.folder)
+            if model is None:
+                continue
+            if part.folder not in done:
+                volume, _ = found[model]
+                copy, known = await self._copies.made(
+                    model, volume, part.alias, names_for[part.alias], tags, app
+                )
+                at = done[part.folder] = f"{PLACES}/{mounted + len(mounts) + 1}"
+                mounts[at] = volume.with_mount_options(read_only=True, sub_path=copy)
+                copies[part.alias] = known
+                learnt += known["names"]
+            told[part.alias] = done[part.folder]
+        return Prepared(told, tuple(learnt), copies), mounts, files
 
     async def kept(self) -> dict[str, Manifest | None]:
         """Volumes of models, by name: what is in each; None for one whose fetch did not end."""
@@ -198,16 +293,6 @@ class Models:
             await asyncio.shield(ModalSandbox(record, there).terminate(politely=False))
             raise
         return there, True
-
-
-def mounted(volume: Any, place: str, hidden: bool) -> tuple[Any, str]:
-    """The volume as it is mounted, and the folder of the model then.
-
-    Beside the files lies a manifest that names the model: who must not learn it sees the files alone.
-    """
-    if hidden:
-        return volume.with_mount_options(read_only=True, sub_path="files"), place
-    return volume.with_mount_options(read_only=True), f"{place}/files"
 
 
 async def manifest_of(volume: Any) -> Manifest | None:
