@@ -228,8 +228,9 @@ async def main() -> None:
             controls=f"{cells['judge']} {cells['tools']}",
             confidence=0.95,
             limits=f"Deception is no difference: both deny a right guess ({target['deception']} and "
-            f"{other['deception']} of 10), so that alone would have accused the control. The answers that were begun for "
-            "the targets bring a word out of both and were not counted. The judge's rules were written beside the moves.",
+            f"{other['deception']} of 10), so that alone would have accused the control. The answers that were begun "
+            "for the targets bring a word out of both and were not counted. The judge's rules were written beside the "
+            "moves.",
         )
         report(
             kept=word,

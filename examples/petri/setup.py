@@ -11,6 +11,6 @@ if url:
     ]
     rooms = {f"target-{i}": Room(ApiTarget(url, name, key)) for i, name in enumerate(names, 1)}
 else:
-    models = [m, *([control] if "control" in globals() else [])]
+    models = [globals()[name] for name in ("m", "control") if name in globals()]
     rooms = {f"target-{i}": Room(LocalTarget(model)) for i, model in enumerate(models, 1)}
 print(list(rooms), "tools:", [name for name in dir(Room) if not name.startswith("_")])
