@@ -36,7 +36,7 @@ def observe(*models: Model) -> None:
     found = {name: found_by(probe, list(models)) for name, probe in PROBES.items()}
     seconds = time.perf_counter() - began
     publish_display_data({MIME: {"found": found, "seconds": seconds}, "text/plain": ""})
-    sys.stdout.write(f"{len(found)} probes taken in {seconds:.1f} s\n")
+    sys.stdout.write(f"{len(found)} probes taken\n")
 
 
 def found_by(probe: Probe, models: list[Model]) -> str:

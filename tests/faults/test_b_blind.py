@@ -22,6 +22,8 @@ from seer_mcp.environment import ModelSpec
 from seer_mcp.errors import ModelUnavailable
 from seer_mcp.model_store import copy_here, names_of, parts_of
 from seer_mcp.model_store.staging import Staging
+from seer_mcp.redact import Redactor
+from seer_mcp.sessions.blinding import hide_again
 
 from ..models.hub import Hub, open_hub
 from ..support import Lab, open_lab, text_of, until
@@ -306,6 +308,17 @@ def test_b11_results_notebook_logs_and_state_do_not_hold_it(blind: Blind) -> Non
         if path.name not in OUTPUT_OF_CODE:  # what a cell of the test printed
             assert not CANARY.search(data.decode("latin-1")), path
     assert any(path.name == "audit.jsonl" for path in blind.files)
+
+
+def test_b11_the_next_server_knows_the_names_too_and_no_other_sandbox_does(tmp_path: Path) -> None:
+    secrets = Redactor()
+    one, other = secrets.child(), secrets.child()
+    hide_again(one, study(tmp_path) / "investigation.toml")
+    secrets.know({"KEY": "a-secret-of-all"})
+    said = f"load {OWNER}/{ADAPTER} with a-secret-of-all"
+    assert one.text(said) == "load [hidden name] with [secret KEY]"
+    assert other.text(said) == f"load {OWNER}/{ADAPTER} with [secret KEY]"
+    assert one.found(said) == ["KEY"]  # who writes a name knows it: that call is not refused
 
 
 def test_b18_the_receipt_says_what_cannot_be_hidden(blind: Blind) -> None:
