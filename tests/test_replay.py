@@ -160,11 +160,16 @@ def test_a_page_has_all_of_it_and_nothing_that_runs(made: Path, tmp_path: Path) 
         assert part in page, part
 
 
-def test_a_script_does_what_the_notebook_did(made: Path, tmp_path: Path) -> None:
+def test_a_script_is_python_and_what_did_not_run_is_a_comment(made: Path, tmp_path: Path) -> None:
     cli(tmp_path, "export", str(made), "--to", "script", "--out", "again.py")
     text = (tmp_path / "again.py").read_text()
     ast.parse(text)
     assert "# 1 / 0" in text and "it ended with error" in text and "it was never run" in text
+
+
+@pytest.mark.slow
+def test_a_script_does_what_the_notebook_did(made: Path, tmp_path: Path) -> None:
+    cli(tmp_path, "export", str(made), "--to", "script", "--out", "again.py")
     done = subprocess.run(
         [sys.executable, "again.py"],
         capture_output=True,
