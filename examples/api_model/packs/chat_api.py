@@ -58,22 +58,21 @@ class ChatApi:
         Raises ApiFailed, after a few tries where trying again can help.
         """
         chats = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in convs]
-        # Few providers honour n: the samples are requests of their own, each with its seed.
-        plan = [(chat, sample) for chat in chats for sample in range(n)]
 
-        def one(job: tuple[list[dict[str, str]], int]) -> str:
-            chat, sample = job
-            options = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed + sample}
-            answer = self._call(
-                "/chat/completions", {"model": model, "messages": chat, **options, **more}
-            )
-            if not answer.get("choices"):
-                raise ApiFailed(f"{model}: an answer without choices: {str(answer)[:300]}")
-            return answer["choices"][0]["message"].get("content") or ""
+        def one(chat: list[dict[str, str]]) -> list[str]:
+            replies: list[str] = []
+            while len(replies) < n:  # few providers honour n: what is missing is asked for again
+                options = {"n": n - len(replies), "seed": seed + len(replies)}
+                options |= {"temperature": temperature, "max_tokens": max_tokens, **more}
+                body = {"model": model, "messages": chat, **options}
+                answer = self._call("/chat/completions", body)
+                if not answer.get("choices"):
+                    raise ApiFailed(f"{model}: an answer without choices: {str(answer)[:300]}")
+                replies += [each["message"].get("content") or "" for each in answer["choices"]]
+            return replies[:n]
 
         with ThreadPoolExecutor(self._at_once) as pool:
-            replies = list(pool.map(one, plan))
-        return [replies[i * n : (i + 1) * n] for i in range(len(chats))]
+            return list(pool.map(one, chats))
 
     def _call(self, path: str, body: dict[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json"}
