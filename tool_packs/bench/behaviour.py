@@ -66,6 +66,7 @@ def _introspect(s: Subject, layer: int) -> Tensor:
             strengths=(2.0,),
             chat=rules.THOUGHT_QUESTIONS[0],
             start=1,
+            tell="Tell me about the {concept}.",
             baselines=world.CANDIDATES,
             n_random=0,
             max_new_tokens=12,
