@@ -64,7 +64,7 @@ def _introspect(s: Subject, layer: int) -> Tensor:
             words,
             layer,
             strengths=(2.0,),
-            chat=rules.THOUGHT_QUESTIONS[0],
+            chat=[world.user(rules.THOUGHT_QUESTIONS[0])],
             start=1,
             tell="Tell me about the {concept}.",
             baselines=world.CANDIDATES,
