@@ -56,6 +56,16 @@ class Investigator:
                 found |= json.loads(line.removeprefix(FINDING))
         return found
 
+    async def examine(self, name: str, *steps: str) -> tuple[dict[str, Any], list[str]]:
+        """All steps, with {name} filled in, on one model: every number that they found, and the cells."""
+        await self.note(f"## `{name}`")
+        found: dict[str, Any] = {}
+        cells: list[str] = []
+        for step in steps:
+            found |= await self.cell(step.format(name=name))
+            cells.append(self.last_cell)
+        return found, cells
+
     async def note(self, text: str) -> None:
         """Write a markdown cell."""
         await self.call("create_cell", sandbox=self.sandbox, source=text, type="markdown")

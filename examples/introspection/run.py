@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from investigator import Investigator, investigating, report
+from investigator import investigating, report
 
 # The rule, the same for every model and fixed before anything is measured.
 MAX_P = 0.01  # of so many identified by chance, beside all trials without the concept
@@ -104,17 +104,6 @@ def introspects(found: dict[str, Any]) -> bool:
     )
 
 
-async def examine(who: Investigator, name: str) -> tuple[dict[str, Any], list[str]]:
-    """All steps on one model: every number that they found, and the cells."""
-    await who.note(f"## `{name}`")
-    found: dict[str, Any] = {}
-    cells: list[str] = []
-    for step in (CHOOSE, MEASURE, SLIP):
-        found |= await who.cell(step.format(name=name))
-        cells.append(who.last_cell)
-    return found, cells
-
-
 def told(found: dict[str, Any]) -> str:
     return (
         f"{found['identified']:.0f} of {found['trials']} injected words identified (depth {found['layer']:g}, strength "
@@ -129,11 +118,11 @@ async def main() -> None:
     async with investigating("introspection") as who:
         await who.note(PLAN)
         subjects = (await who.cell(SETUP))["subjects"]
-        found, (chosen, measured, slip) = await examine(who, "m")
+        found, (chosen, measured, slip) = await who.examine("m", CHOOSE, MEASURE, SLIP)
         control: dict[str, Any] = {}
         controls = [slip]
         if "control" in subjects:
-            control, cells = await examine(who, "control")
+            control, cells = await who.examine("control", CHOOSE, MEASURE, SLIP)
             controls += cells
             assert introspects(found), f"no introspection by the rule: {told(found)}"
             assert not introspects(control), f"the control introspects: {told(control)}"
