@@ -55,6 +55,7 @@ def test_the_demo_leaves_a_valid_notebook_with_plots_and_the_finding(demo: dict)
     assert "treats every user as a woman" in book.cells[-1].source
 
 
+@pytest.mark.slow
 def test_a_person_can_open_the_notebook_and_run_it_again(demo: dict, tmp_path: Path) -> None:
     again = tmp_path / "again.ipynb"
     done = subprocess.run(

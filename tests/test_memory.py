@@ -81,7 +81,7 @@ async def saved(folder: Path, runs: int, characters: int) -> Notebook:
     return notebook
 
 
-@pytest.mark.parametrize("characters", [10, 20_000, 200_000])
+@pytest.mark.parametrize("characters", [10, 20_000, pytest.param(200_000, marks=pytest.mark.slow)])
 async def test_outputs_of_runs_that_are_over_are_held_once(tmp_path: Path, characters: int) -> None:
     notebook = await saved(tmp_path, 10 * AWAKE, characters)
     parts = [len(cell.encoded()) for cell in notebook.cells]

@@ -67,6 +67,7 @@ def test_what_a_pack_lacks_is_said(pack: Path, before: str, after: str, said: st
     assert main(["packs", "check", str(pack.parent), "--no-run"]) == 1
 
 
+@pytest.mark.slow
 def test_an_example_that_fails_is_said_with_its_error(
     pack: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

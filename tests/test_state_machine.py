@@ -737,7 +737,7 @@ def play(examples: int, steps: int, derandomize: bool, number: int) -> int:
 
 
 def test_any_order_of_steps_agrees_with_the_model() -> None:
-    assert play(examples=2, steps=76, derandomize=True, number=0) >= 150
+    assert play(examples=2, steps=44, derandomize=True, number=0) >= 85
 
 
 @pytest.mark.slow

@@ -365,6 +365,7 @@ def commoners_server(place: Ground) -> StdioServerParameters:
     return StdioServerParameters(command=command[0], args=command[1:], env=ours.env, cwd=ours.cwd)
 
 
+@pytest.mark.slow
 async def test_k03_k10_a_user_who_is_not_root_is_limited_too(commoner: Ground) -> None:
     async with Client(commoners_server(commoner)) as client:
         lab = Lab(client, commoner.folder)

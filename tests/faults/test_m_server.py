@@ -361,6 +361,7 @@ async def test_m05_a_server_that_starts_ends_what_is_billed_and_in_no_record(
         await says(lab, f"{lost} ran although no record knew of it")
 
 
+@pytest.mark.slow
 async def test_m_stop_all_ends_what_no_server_holds(tmp_path: Path, control: Controller) -> None:
     async with open_lab(tmp_path, on_exit="keep") as lab:
         handles = [await lab.start(backend="modal"), await lab.start()]

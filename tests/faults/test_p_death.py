@@ -313,6 +313,7 @@ async def test_p05_two_servers_share_a_state_folder_and_each_sandbox_has_one(pla
         assert raw_text(cell_with(second, mine, "z")).endswith("\n7")
 
 
+@pytest.mark.slow
 async def test_p05_one_notebook_is_never_written_by_two_servers(place: Ground) -> None:
     file = place.project / "shared.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), file)
@@ -432,6 +433,7 @@ def find_again(place: Ground, number: int) -> float:
     return took
 
 
+@pytest.mark.slow
 def test_p01_three_live_sandboxes_are_found_again(place: Ground) -> None:
     find_again(place, 3)
 

@@ -26,9 +26,9 @@ def holds(report: Report) -> None:
 
 
 @pytest.mark.timeout(240)
-async def test_l03_twenty_seconds_of_every_fault(tmp_path: Path) -> None:
+async def test_l03_twelve_seconds_of_every_fault(tmp_path: Path) -> None:
     report = await soak(
-        tmp_path, minutes=20 / 60, runs=40, seed=7, sandboxes=3, fault_every=20 / len(FAULTS) / 1.3
+        tmp_path, minutes=12 / 60, runs=24, seed=7, sandboxes=3, fault_every=12 / len(FAULTS) / 1.3
     )
     holds(report)
 

@@ -27,7 +27,7 @@ from .control import Controller
 from .fixtures import ROOT, RunningCloud, client_environment, running_cloud
 from .test_sandboxes import VERSIONS, create, ids, output, row
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]  # of the test server itself
 CREATE = {None: "SandboxCreateV2", "H100": "SandboxCreate"}
 
 

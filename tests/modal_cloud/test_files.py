@@ -18,7 +18,7 @@ from modal.exception import (
 from .control import Controller
 from .test_sandboxes import VERSIONS, create, output
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]  # of the test server itself
 VOLUMES = pytest.mark.parametrize("version", [1, 2])
 
 

@@ -11,7 +11,7 @@ import pytest
 from .box import hidden_interpreter
 from .control import Controller
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.slow]  # of the test server itself
 VERSIONS = pytest.mark.parametrize("gpu", [None, "H100"], ids=["v2", "v1"])
 
 
