@@ -113,11 +113,15 @@ def _facts(
         command = process.cmdline()
         if "kernel_host" in command:
             folder = os.path.dirname(command[-1])
+        if os.stat(os.path.join(folder, "host.json")).st_uid != os.getuid():
+            return bare  # not written by who asks: anybody can carry the marks
         with open(os.path.join(folder, "host.json"), encoding="utf-8") as file:
             config = json.load(file)
         if owner and config["owner"] != owner:
             return None
-        if "kernel_host" in command:
+        # Who runs as another user than the sandbox's only pretends to be its host.
+        theirs = config.get("uid", os.getuid()) == process.uids().real
+        if "kernel_host" in command and theirs:
             return record_of(handle, config, of_process(process.pid))
     except psutil.NoSuchProcess:
         return None
@@ -130,6 +134,7 @@ def record_of(handle: str, config: Dict[str, Any], process: Dict[str, Any]) -> D
     """What finds a host again, from its configuration and its process. Holds no secret."""
     return {
         "handle": handle,
+        **({"uid": config["uid"]} if "uid" in config else {}),
         **process,
         "socket": config["socket"],
         "folder": config["directory"],
