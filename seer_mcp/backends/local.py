@@ -298,7 +298,9 @@ class LocalBackend:
         """Give the owner's user what is its own, and see that it reaches the rest; the kernel's folder."""
         state = place.state_dir
         open_way(self._config)
-        for folder in (self._config.home(place.owner).base, place.work_dir, state):
+        home = self._config.home(place.owner).base
+        way = [folder for folder in place.work_dir.parents if folder.is_relative_to(home)]
+        for folder in (*way, place.work_dir, state):
             user.let_in(folder)
         for folder in (state / "host", state / "packs"):
             user.let_read(folder)
@@ -425,10 +427,12 @@ class LocalBackend:
         groups = await asyncio.to_thread(limits.find_groups, self._group(handle))
         await asyncio.to_thread(identity.clear, handle, self._instance, groups)
         try:
-            sockets = hosted(Path(self._folder(handle)))["ipc_directory"]
+            config = hosted(Path(self._folder(handle)))
         except FileNotFoundError:
             return  # it was cut off before it had any
-        shutil.rmtree(sockets, ignore_errors=True)
+        if "uid" in config:
+            await asyncio.to_thread(User(config["uid"]).end_strays)
+        shutil.rmtree(config["ipc_directory"], ignore_errors=True)
 
     async def sweep(self, owner: str) -> list[Record]:
         return await asyncio.to_thread(identity.running, self._instance, owner, self._folder)
