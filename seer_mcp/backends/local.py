@@ -1,8 +1,8 @@
 """Sandboxes on this machine: a process group with a kernel host in a session of its own.
 
 Not a security boundary: what runs in it can do what the user can do (the server's, or one for each
-owner: owners.py). It outlives the server, and ends itself when idle. Its processes are marked in their environment with its handle, so that they
-can be found without a record.
+owner: owners.py). It outlives the server, and ends itself when idle. Its processes are marked in
+their environment with its handle, so that they can be found without a record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from asyncio import StreamReader, StreamWriter
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ class LocalSandbox:
         copy(source, str(local), 0o755 if source.stat().st_mode & stat.S_IXUSR else 0o644)
 
     @contextmanager
-    def _transfer(self, does: str, asked: dict[str, Any], content: Any = None) -> Iterator[Any]:
+    def _transfer(self, does: str, asked: dict[str, Any], content: Any = None) -> Generator[Any]:
         """What a program of the owner's user says that puts or gets a file: root follows none of its links."""
         if not self.alive():
             raise SandboxUnreachable(f"Sandbox {self._handle} is not there any more.")

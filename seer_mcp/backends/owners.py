@@ -42,7 +42,9 @@ PLACES = (
     *("HF_HUB_CACHE", "HF_DATASETS_CACHE", "TRANSFORMERS_CACHE", "TRITON_CACHE_DIR"),
 )
 VERBS = {"-x": "enter or execute", "-r": "read", "-w": "write to"}
-LACKS = 'while [ $# -gt 0 ]; do [ "$1" "$2" ] || { printf "%s\\n" "$1" "$2"; exit 1; }; shift 2; done'
+LACKS = (
+    'while [ $# -gt 0 ]; do [ "$1" "$2" ] || { printf "%s\\n" "$1" "$2"; exit 1; }; shift 2; done'
+)
 
 
 @dataclass(frozen=True)

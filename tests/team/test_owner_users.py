@@ -31,7 +31,8 @@ from .test_tenancy import team
 pytestmark = pytest.mark.anyio
 UIDS = range(64100, 64110)
 needs_root = pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0, reason="only root on Linux has other users' processes"
+    sys.platform != "linux" or os.geteuid() != 0,
+    reason="only root on Linux has other users' processes",
 )
 # What a kernel may try, knowing all paths and numbers: for each, what came of it.
 TRIES = """
@@ -83,7 +84,7 @@ def python(open_place: Ground) -> str:
 
     if runs(sys.executable):
         return sys.executable
-    version = "python%d.%d" % sys.version_info[:2]
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     other = shutil.which(version, path="/usr/local/bin:/usr/bin")
     if other is not None:
         made = open_place.folder / "env"
@@ -111,7 +112,9 @@ async def sandbox_of(server: Any, handle: str, owner: str) -> LocalSandbox:
     return sandbox
 
 
-def everything(place: Ground, handle: str, notebook: Path, sandbox: LocalSandbox) -> list[list[str]]:
+def everything(
+    place: Ground, handle: str, notebook: Path, sandbox: LocalSandbox
+) -> list[list[str]]:
     """(how, what) of all that is an owner's, or the server's."""
     state = place.folder / "state" / "sandboxes" / handle
     sockets = Path(sandbox.record()["socket"]).parent
@@ -119,7 +122,10 @@ def everything(place: Ground, handle: str, notebook: Path, sandbox: LocalSandbox
     tries = [["list", f] for f in (files, state, state / "own", sockets, notebook.parent)]
     tries += [["list", f] for f in (state.parent, state.parent.parent, place.sockets)]
     tries += [["read", p] for p in (notebook, files / "mine.txt", *state.glob("*.json"))]
-    tries += [["read", p] for p in (*state.glob("own/*.*"), state / "host.log", *state.glob("host/*/*.py"))]
+    tries += [
+        ["read", p]
+        for p in (*state.glob("own/*.*"), state / "host.log", *state.glob("host/*/*.py"))
+    ]
     tries += [["read", place.folder / "state" / BOOK], ["read", place.folder / "tokens.json"]]
     tries += [["connect" if p.is_socket() else "read", p] for p in sockets.iterdir()]
     tries += [["write", f] for f in (files, state, state / "own", sockets, notebook.parent)]
@@ -138,11 +144,13 @@ async def tried(lab: Lab, handle: str, tries: list[list[str]]) -> list[list[str]
 
 
 @needs_root
-async def test_t02_a_kernel_reaches_nothing_of_another_owner(open_place: Ground, python: str) -> None:
+async def test_t02_a_kernel_reaches_nothing_of_another_owner(
+    open_place: Ground, python: str
+) -> None:
     place = open_place
     async with team(place, owner_uids=UIDS, python=python) as (server, anna, ben):
         hers, his = await anna.start(name="hers"), await ben.start(name="his")
-        await anna.ok("write_file", sandbox=hers, path="mine.txt", text="a secret of anna's")
+        await anna.ok("write_file", sandbox=hers, path="mine.txt", content="a secret of anna's")
         await anna.cell(hers, "print('printed by anna')")
         notebook = await anna.notebook_path(hers)
         sandbox = await sandbox_of(server, hers, "anna")
@@ -154,7 +162,10 @@ async def test_t02_a_kernel_reaches_nothing_of_another_owner(open_place: Ground,
         own = {(how, what) for how, what, came in await tried(anna, hers, tries) if came == "done"}
         kinds = {how for how, _ in own}
         assert kinds == {"list", "read", "connect", "write", "kill", "link", "become"}
-        assert ("read", str(place.folder / "state" / "sandboxes" / hers / "own/journal.jsonl")) in own
+        assert (
+            "read",
+            str(place.folder / "state" / "sandboxes" / hers / "own/journal.jsonl"),
+        ) in own
         assert not any("record.json" in what or BOOK in what for _, what in own)
         # And both go on.
         for lab, handle in ((anna, hers), (ben, his)):
@@ -178,7 +189,7 @@ async def test_t02_what_a_kernel_puts_in_place_of_its_files_opens_nothing(
         await ben.cell(
             his,
             f"import os, shutil\nos.symlink({str(book)!r}, 'linked.ipynb')\n"
-            "open('own.ipynb', 'w').write('{\"cells\": [], \"metadata\": {}, \"nbformat\": 4, \"nbformat_minor\": 5}')",
+            'open(\'own.ipynb\', \'w\').write(\'{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}\')',
         )
         assert "outside" in await ben.no("start_sandbox", notebook="his/files/linked.ipynb")
         assert "a kernel can write there" in await ben.no(
@@ -209,12 +220,18 @@ async def test_t02_sandboxes_of_owners_with_users_of_their_own_do_all_that_other
     options = {"owner_uids": UIDS, "python": python, "on_exit": "keep"}
     async with team(place, **options) as (server, anna, ben):
         hers, his = await anna.start(name="hers"), await ben.start(name="his")
-        said = text_of(await anna.cell(hers, "import os; os.getuid(), os.getgroups(), os.umask(63)"))
+        said = text_of(
+            await anna.cell(hers, "import os; os.getuid(), os.getgroups(), os.umask(63)")
+        )
         assert f"({user_of(place.config(owner_uids=UIDS), 'anna').uid}, [], 63)" in said  # type: ignore[union-attr]
-        home = text_of(await anna.cell(hers, "import getpass, tool_packs; getpass.getuser(), os.path.expanduser('~')"))
+        home = text_of(
+            await anna.cell(
+                hers, "import getpass, tool_packs; getpass.getuser(), os.path.expanduser('~')"
+            )
+        )
         assert f"{hers}/own" in home
         await anna.cell(hers, "open('from_kernel.txt', 'w').write('k'); x = 5")
-        await anna.ok("write_file", sandbox=hers, path="to_kernel.txt", text="w")
+        await anna.ok("write_file", sandbox=hers, path="to_kernel.txt", content="w")
         assert "k" in await anna.ok("read_file", sandbox=hers, path="from_kernel.txt")
         assert "w" in text_of(await anna.cell(hers, "open('to_kernel.txt').read()"))
         sandbox = await sandbox_of(server, hers, "anna")
@@ -237,7 +254,9 @@ async def test_t02_sandboxes_of_owners_with_users_of_their_own_do_all_that_other
         await anna.ok("restart_kernel", sandbox=hers)
         assert "NameError" in text_of(await anna.cell(hers, "x"))
         # What puts off its mark and its parents ends with the owner's last sandbox.
-        await ben.ok("run_command", sandbox=his, command="env -i setsid sleep 600 >/dev/null 2>&1 &")
+        await ben.ok(
+            "run_command", sandbox=his, command="env -i setsid sleep 600 >/dev/null 2>&1 &"
+        )
         await ben.ok("stop_sandbox", sandbox=his)
         path = await anna.notebook_path(hers)
         await anna.ok("stop_sandbox", sandbox=hers)
