@@ -277,7 +277,9 @@ async def test_what_an_owners_user_cannot_reach_is_said_and_nothing_is_left(
     closed = open_place.folder / "closed"
     closed.mkdir(mode=0o700)
     (closed / "python").symlink_to(python)
-    (closed / "a_pack.py").write_text('"""A pack."""\n')
+    (closed / "a_pack.py").write_text(
+        '"""A pack."""\n__all__ = ["f"]\n\ndef f() -> int:\n    """One."""\n    return 1\n'
+    )
     for options, verb in (
         ({"python": str(closed / "python")}, "enter or execute"),
         ({"python": python, "packs": (closed,)}, "read"),
