@@ -157,7 +157,7 @@ def add_watch(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run_serve(flags: argparse.Namespace, config: Config) -> int:
-    from .backends.owners import refuse_unable
+    from .backends.owners import refuse_unable, shown
     from .http import Serving, TokenFile, kept_token, serve_http
     from .http.oidc import Issuer
     from .http.serving import LOOPBACK
@@ -195,7 +195,7 @@ def run_serve(flags: argparse.Namespace, config: Config) -> int:
     if flags.owner_uids:
         if not serving.team or scope is not None:
             why = "it separates the people of a team: give --users or --oidc-issuer, and no --scope"
-            raise BadInput("owner-uids", flags.owner_uids, why)
+            raise BadInput("owner-uids", shown(flags.owner_uids), why)
         refuse_unable(flags.owner_uids, config.python)
     if serving.team and scope is None:
         backends = tuple(flags.team_backend) or config.team_backends

@@ -17,7 +17,7 @@ import sys
 import time
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,11 @@ def hosted(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "host.json").read_text())
 
 
+def remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # what the owner has in it stays
+        folder.rmdir()
+
+
 def make_private(folder: Path) -> None:
     """Everything in a folder is its owner's alone, whatever the umask was."""
     for here, folders, files in os.walk(folder):
@@ -217,6 +222,12 @@ class LocalBackend:
             )
         self._check_room(place.runtime_dir)
         user = await asyncio.to_thread(user_of, self._config, place.owner)
+        with nullcontext() if user is None else user.starting():
+            return await self._start(spec, place, report, python, user)
+
+    async def _start(
+        self, spec: SandboxSpec, place: Place, report: Progress, python: str, user: User | None
+    ) -> LocalSandbox:
         process = {} if user is None else user.process()
         if isinstance(spec.network, tuple) and not spec.blocked:
             raise BadInput(
@@ -289,9 +300,8 @@ class LocalBackend:
         except BaseException:
             shutil.rmtree(runtime, ignore_errors=True)
             limits.remove(plan["groups"])
-            if work != place.work_dir:
-                with suppress(OSError):  # what the owner has in it stays
-                    work.rmdir()
+            if user is not None:
+                remove_if_empty(work)
             raise
 
     def _settle(self, user: User, spec: SandboxSpec, place: Place, python: str) -> Path:
@@ -310,15 +320,19 @@ class LocalBackend:
         if (state / "blind").is_dir():  # histories and caches; the copies in it stay the server's
             user.give(state / "blind")
         models = [("-r", self._config.models_dir), ("-x", self._config.models_dir)]
-        user.must(
-            [
-                ("-x", shutil.which(python) or python),
-                *(("-r", source) for source in place.packs.values()),
-                *(("-x", source) for source in place.packs.values() if source.is_dir()),
-                *(models if spec.models and self._config.models_dir.is_dir() else ()),
-                *(("-w", folder) for folder in owned),
-            ]
-        )
+        try:
+            user.must(
+                [
+                    ("-x", shutil.which(python) or python),
+                    *(("-r", source) for source in place.packs.values()),
+                    *(("-x", source) for source in place.packs.values() if source.is_dir()),
+                    *(models if spec.models and self._config.models_dir.is_dir() else ()),
+                    *(("-w", folder) for folder in owned),
+                ]
+            )
+        except BadInput:
+            remove_if_empty(owned[-1])
+            raise
         return owned[-1]
 
     async def _launch(

@@ -21,7 +21,9 @@ import struct
 import subprocess
 import sys
 from asyncio import StreamWriter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from typing import Any
 import psutil
 
 from ..config import Config
-from ..errors import BadInput, Conflict, SandboxStartFailed
+from ..errors import BadInput, Conflict
 from ..files import write_json
 from ..kernel_host.identity import MARK, send
 
@@ -42,6 +44,7 @@ PLACES = (
     *("HF_HUB_CACHE", "HF_DATASETS_CACHE", "TRANSFORMERS_CACHE", "TRITON_CACHE_DIR"),
 )
 VERBS = {"-x": "enter or execute", "-r": "read", "-w": "write to"}
+_starting: Counter[int] = Counter()  # by number, of this server
 LACKS = (
     'while [ $# -gt 0 ]; do [ "$1" "$2" ] || { printf "%s\\n" "$1" "$2"; exit 1; }; shift 2; done'
 )
@@ -90,7 +93,7 @@ class User:
             path.chmod(0o640)
 
     def must(self, needs: Iterable[tuple[str, str | Path]]) -> None:
-        """Raise SandboxStartFailed for the first path that this user may not use so ("-r", "-w", "-x")."""
+        """Raise BadInput for the first path that this user may not use so ("-r", "-w", "-x")."""
         asked = [str(part) for need in needs for part in need]
         try:
             done = subprocess.run(
@@ -101,16 +104,16 @@ class User:
                 **self.process(),
             )
         except OSError as error:
-            raise SandboxStartFailed(
-                f"no process can be started as user {self.uid} ({error.strerror}); --owner-uids needs root "
-                "with CAP_SETUID and CAP_SETGID"
-            ) from error
+            why = f"no process can be started as that user ({error.strerror}); root needs CAP_SETUID and CAP_SETGID"
+            raise BadInput("owner-uids", self.uid, why) from error
         if done.returncode:
             how, path = done.stdout.split("\n")[:2]
-            raise SandboxStartFailed(
-                f"user {self.uid}, as whom this owner's sandboxes run, may not {VERBS[how]} {path}"
+            raise BadInput(
+                "owner-uids",
+                self.uid,
+                f"that user, as whom an owner's sandboxes run, may not {VERBS[how]} {path}"
                 f"{self._closed(Path(path))}. Open it and the folders above it to others (chmod o+rX), or let the "
-                "operator name another place (--python, --packs, --models, --state, --outputs)"
+                "operator name another place (--python, --packs, --models, --state, --outputs).",
             )
 
     def _closed(self, path: Path) -> str:
@@ -142,8 +145,18 @@ class User:
         os.close(descriptor)
         return None
 
+    @contextmanager
+    def starting(self) -> Generator[None]:
+        """Entered while a sandbox of this user is started, before the first process is."""
+        _starting[self.uid] += 1
+        try:
+            yield
+        finally:
+            _starting[self.uid] -= 1
+
     def end_strays(self) -> int:
-        """End what has put off its mark and its parents, once no sandbox of this owner is left; how many."""
+        """End what has put off its mark and its parents, once no sandbox of this owner is left, nor one is
+        being started (what is just made has no mark yet); how many."""
         found: list[tuple[int, bool]] = []
         for process in psutil.process_iter():
             try:
@@ -151,7 +164,7 @@ class User:
                     found.append((process.pid, MARK in process.environ()))
             except psutil.Error:
                 continue  # gone
-        if any(marked for _, marked in found):
+        if _starting[self.uid] or any(marked for _, marked in found):
             return 0
         for pid, _ in found:
             send(pid, signal.SIGKILL)
@@ -178,7 +191,7 @@ def user_of(config: Config, owner: str) -> User | None:
     if given[owner] not in config.owner_uids:
         raise BadInput(
             "owner-uids",
-            _shown(config.owner_uids),
+            shown(config.owner_uids),
             f"this owner's files belong to user {given[owner]}, which is not among them; give a range that has it",
         )
     return User(given[owner])
@@ -207,19 +220,19 @@ def _free(config: Config, given: set[int]) -> int:
         if uid not in given:
             return uid
     raise Conflict(
-        f"All users of --owner-uids {_shown(config.owner_uids)} are given away. The operator must name a larger range."
+        f"All users of --owner-uids {shown(config.owner_uids)} are given away. The operator must name a larger range."
     )
 
 
-def _shown(uids: range) -> str:
+def shown(uids: range) -> str:
     return f"{uids.start}-{uids.stop - 1}"
 
 
 def refuse_unable(uids: range, python: str) -> None:
-    """Raise BadInput or SandboxStartFailed where no owner could have a sandbox; asked when a server starts."""
+    """Raise BadInput where no owner could have a sandbox; asked when a server starts."""
     if sys.platform != "linux" or os.geteuid() != 0:
         why = "only root on Linux can start processes of other users: start the server as root, or without it"
-        raise BadInput("owner-uids", _shown(uids), why)
+        raise BadInput("owner-uids", shown(uids), why)
     User(uids.start).must([("-x", python)])
 
 

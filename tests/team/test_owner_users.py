@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from seer_mcp.backends.local import LocalSandbox
+from seer_mcp.backends.local import LocalBackend, LocalSandbox
 from seer_mcp.backends.owners import BOOK, refuse_unable, user_of
 from seer_mcp.errors import BadInput, Conflict, SandboxUnreachable
 
@@ -208,6 +208,10 @@ async def test_t02_what_a_kernel_puts_in_place_of_its_files_opens_nothing(
         await until(lambda: session.ended is not None, 20)
         assert "only anna knows" in json.dumps(journals[0].read_text())
         assert "only anna knows" not in path.read_text()
+        backend = LocalBackend(place.config(owner_uids=UIDS))
+        assert await backend.left_behind(mine.record(), place.folder / "copy") is None
+        copy = await backend.left_behind(theirs.record(), place.folder / "copy")
+        assert copy is not None and "only anna knows" in copy.read_text()
         assert text_of(await anna.cell(hers, "6 * 7")).endswith("42")
     assert of_users() == []
 
