@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from . import limits
 MARK = "SEER_MCP_SANDBOX"  # the handle of the sandbox
 INSTANCE = "SEER_MCP_INSTANCE"  # whose it is: a digest of the server's state folder
 GIVEN = "SEER_MCP_HOST"  # a host's configuration as JSON, in its environment
+HANDLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 GRACE_SECONDS = 3.0  # for a host to end by itself
 PROC = Path("/proc")
 
@@ -85,7 +87,9 @@ def marked(instance: str) -> List[Tuple[psutil.Process, str]]:
     for process in psutil.process_iter():
         try:
             environ = process.environ()
-            ours = MARK in environ and environ.get(INSTANCE) == instance
+            # A handle is a name: whatever runs can carry anything as its mark.
+            named = HANDLE.fullmatch(environ.get(MARK, ""))
+            ours = named and environ.get(INSTANCE) == instance
             if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append((process, environ[MARK]))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -121,6 +125,7 @@ def _facts(
             return None
         # Who runs as another user than the sandbox's only pretends to be its host.
         theirs = config.get("uid", os.getuid()) == process.uids().real
+        theirs = theirs and ("uid" not in config or os.path.basename(folder) == handle)
         if "kernel_host" in command and theirs:
             return record_of(handle, config, of_process(process.pid))
     except psutil.NoSuchProcess:

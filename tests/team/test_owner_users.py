@@ -195,6 +195,27 @@ async def test_t02_what_a_kernel_puts_in_place_of_its_files_opens_nothing(
         assert "a kernel can write there" in await ben.no(
             "start_sandbox", notebook="his/files/own.ipynb"
         )
+        # Processes that carry her marks, or a path as theirs, are not taken for her host.
+        state = place.folder / "state" / "sandboxes"
+        for handle, config in (
+            (hers, state / hers),
+            (hers, state / his),
+            ("../../evil", state / his),
+        ):
+            command = (
+                f"[sys.executable, '-c', 'input()', 'kernel_host', {str(config / 'host.json')!r}]"
+            )
+            await ben.cell(
+                his,
+                "import os, subprocess, sys\nsubprocess.Popen("
+                + command
+                + ", stdin=subprocess.PIPE, "
+                f"env=dict(os.environ, SEER_MCP_SANDBOX={handle!r}))",
+            )
+        found = await LocalBackend(place.config(owner_uids=UIDS)).sweep("")
+        assert {each["handle"]: each["pid"] for each in found} == {
+            each.record()["handle"]: each.record()["pid"] for each in (theirs, mine)
+        }
         here, there = (str(each.record()["socket"]) for each in (mine, theirs))
         journal = f"os.unlink({str(journals[1])!r}); os.symlink({str(journals[0])!r}, {str(journals[1])!r})"
         assert not (
