@@ -630,7 +630,7 @@ def test_a_volume_is_told_to_commit_before_and_after_the_manifest(
 
 def test_the_page_on_models_has_every_code() -> None:
     room = Path(fetch_program.__file__).parent
-    used: set[str] = {"cut_off"}
+    used: set[str] = {"cut_off", "not_hidden"}  # these two are no Failed of the program
     for path in (room / "fetch.py", room / "store.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Failed":
