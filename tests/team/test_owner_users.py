@@ -22,6 +22,8 @@ import pytest
 
 from seer_mcp.backends.local import LocalBackend, LocalSandbox
 from seer_mcp.backends.owners import BOOK, refuse_unable, user_of
+from seer_mcp.doctor.findings import Patient
+from seer_mcp.doctor.places import modes
 from seer_mcp.errors import BadInput, Conflict, SandboxUnreachable
 
 from ..faults.ground import Ground, ground
@@ -273,6 +275,8 @@ async def test_t02_sandboxes_of_owners_with_users_of_their_own_do_all_that_other
         await asyncio.sleep(1)
         await anna.ok("interrupt", sandbox=hers)
         assert "KeyboardInterrupt" in text_of(await slow)
+        told = await modes(Patient(place.config(), {}, place.folder))
+        assert [each.status for each in told] == ["ok"], told
     assert of_users()
     async with team(place, **options) as (server, anna, ben):  # found again
         assert text_of(await anna.cell(hers, "x")).endswith("5")
