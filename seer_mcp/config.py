@@ -141,6 +141,8 @@ class Config:
     project, ssh, the local machine, secrets) is theirs only as far as the next three say."""
     team_backends: tuple[str, ...] = ("modal",)
     team_secrets: tuple[str, ...] = ()
+    owner_uids: range = range(0)
+    """Users of this machine, one for each owner's local sandboxes; none: they run as the server's."""
     owner_allowances: tuple[Allowance, ...] = ()
     """What the sandboxes of each owner may cost."""
     owner_sandboxes: int = 20

@@ -61,7 +61,10 @@ def write_json(path: Path, value: dict[str, Any], what: str = "record") -> None:
 
 
 def private_dir(path: Path) -> Path:
-    """A folder that nobody else can enter; made if needed."""
+    """A folder that nobody else can look into; made if needed.
+
+    One that others may pass through (0711, 0710) stays so: what is in it is private by itself.
+    """
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = path.lstat()
     if path.is_symlink():
@@ -70,7 +73,7 @@ def private_dir(path: Path) -> Path:
         raise BadInput(
             "folder", str(path), "it belongs to somebody else; remove it or name another"
         )
-    if info.st_mode & 0o077:
+    if info.st_mode & 0o066:
         path.chmod(0o700)
     return path
 

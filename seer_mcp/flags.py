@@ -26,6 +26,16 @@ def port(text: str) -> int:
     return checked(int, text, lambda value: 1 <= value <= 65535, "a port (1 to 65535)")
 
 
+def uids(text: str) -> range:
+    """FIRST-LAST."""
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal() and 1000 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST-LAST, two numbers from 1000 on")
+    if int(last) >= 2**31 or {65534, 65535} & set(range(int(first), int(last) + 1)[:100_000]):
+        raise argparse.ArgumentTypeError(f"{text!r} has numbers that mean nobody (65534, 65535)")
+    return range(int(first), int(last) + 1)
+
+
 def checked(kind: Callable[[str], N], text: str, fits: Callable[[N], bool], what: str) -> N:
     """A number of the command line; argparse says it if it is none that fits."""
     try:

@@ -16,7 +16,7 @@ from typing import Any
 from .config import Config
 from .environment import read_scope
 from .errors import BadInput
-from .flags import above_one, above_zero, port
+from .flags import above_one, above_zero, port, uids
 from .money import parse_allowance
 from .sessions import make_folders
 
@@ -86,7 +86,15 @@ def add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
         default=[],
         choices=("local", "modal", "ssh"),
         help="where a team's sandboxes may run (default: modal). local: their kernels run as the server's user and can "
-        "read each other's files; ssh: with the server's keys",
+        "read each other's files, unless --owner-uids is given; ssh: with the server's keys",
+    )
+    serve.add_argument(
+        "--owner-uids",
+        type=uids,
+        default=range(0),
+        metavar="FIRST-LAST",
+        help="let local sandboxes run, those of each person as a user of their own from this range, in which nobody "
+        "else is (as root on Linux)",
     )
     serve.add_argument(
         "--team-secret",
@@ -149,6 +157,7 @@ def add_watch(commands: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run_serve(flags: argparse.Namespace, config: Config) -> int:
+    from .backends.owners import refuse_unable, shown
     from .http import Serving, TokenFile, kept_token, serve_http
     from .http.oidc import Issuer
     from .http.serving import LOOPBACK
@@ -183,11 +192,18 @@ def run_serve(flags: argparse.Namespace, config: Config) -> int:
         calls_a_minute=flags.calls_a_minute,
         scope=scope,
     )
+    if flags.owner_uids:
+        if not serving.team or scope is not None:
+            why = "it separates the people of a team: give --users or --oidc-issuer, and no --scope"
+            raise BadInput("owner-uids", shown(flags.owner_uids), why)
+        refuse_unable(flags.owner_uids, config.python)
     if serving.team and scope is None:
+        backends = tuple(flags.team_backend) or config.team_backends
         config = replace(
             config,
             team=True,
-            team_backends=tuple(flags.team_backend) or config.team_backends,
+            team_backends=tuple({*backends, "local"}) if flags.owner_uids else backends,
+            owner_uids=flags.owner_uids,
             team_secrets=tuple(flags.team_secret),
             owner_allowances=tuple(map(parse_allowance, flags.owner_budget)),
             owner_sandboxes=flags.owner_sandboxes,

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from ..backends.owners import numbers
+from ..errors import BadInput
 from ..files import Lock
 from .findings import Finding, Fix, Patient, fail, ok, warn
 
@@ -101,6 +103,11 @@ async def modes(patient: Patient) -> list[Finding]:
     """Whether anybody else can look into what is private."""
     findings: list[Finding] = []
     count = 0
+    try:
+        shared = set(numbers(patient.config.state_dir).values())
+    except (OSError, BadInput) as error:
+        mend = "restore it from a copy, or a number could be given to two owners"
+        return [fail(f"the users of owners cannot be read: {error}", mend)]
     for path in private_things(patient):
         try:
             info = path.lstat()
@@ -108,6 +115,8 @@ async def modes(patient: Patient) -> list[Finding]:
             continue
         count += 1
         wanted = 0o700 if stat.S_ISDIR(info.st_mode) else 0o600
+        if shared and (info.st_uid in shared or passes(path, info)):
+            continue
         if stat.S_ISLNK(info.st_mode) or info.st_uid != os.getuid():
             whose = "is a link" if stat.S_ISLNK(info.st_mode) else f"belongs to user {info.st_uid}"
             findings.append(fail(f"{path} {whose}", "look who made it, and remove it"))
@@ -121,6 +130,13 @@ async def modes(patient: Patient) -> list[Finding]:
                 )
             )
     return findings or [ok(f"{count} private files and folders are closed to others")]
+
+
+def passes(path: Path, info: os.stat_result) -> bool:
+    """Whether something of ours is as open as owners with users of their own need it, and not more."""
+    folder, mode = stat.S_ISDIR(info.st_mode), stat.S_IMODE(info.st_mode)
+    named = path.name == "host.json" and not mode & ~0o640
+    return info.st_uid == os.getuid() and (named or (folder and not mode & ~0o711))
 
 
 def tighten(path: Path, mode: int) -> Fix:

@@ -87,8 +87,9 @@ class Host:
     def __init__(self, config: Dict[str, Any]) -> None:
         self.config = config = {**config, "env": environment(config)}
         self.directory: str = config["directory"]
+        self.own: str = config.get("own", self.directory)  # what it writes, where it may not all
         self.output_cap: int = config.get("output_cap", 200_000_000)
-        self.journal = Journal(os.path.join(self.directory, "journal.jsonl"))
+        self.journal = Journal(os.path.join(self.own, "journal.jsonl"))
         self.folder = Folder(config["cwd"], config.get("protected", []))
         self.limits = Limits(config.get("limits"))
         self.commands = Commands(config["cwd"], config["env"], self.limits, self._command_event)
@@ -278,7 +279,7 @@ class Host:
                 self.generation,
                 self.config["env"],
                 self.config["cwd"],
-                os.path.join(self.directory, "kernel.log"),
+                os.path.join(self.own, "kernel.log"),
                 self.limits,
                 self._on_message,
                 self._on_exit,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import signal
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from . import limits
 MARK = "SEER_MCP_SANDBOX"  # the handle of the sandbox
 INSTANCE = "SEER_MCP_INSTANCE"  # whose it is: a digest of the server's state folder
 GIVEN = "SEER_MCP_HOST"  # a host's configuration as JSON, in its environment
+HANDLE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 GRACE_SECONDS = 3.0  # for a host to end by itself
 PROC = Path("/proc")
 
@@ -85,7 +87,9 @@ def marked(instance: str) -> List[Tuple[psutil.Process, str]]:
     for process in psutil.process_iter():
         try:
             environ = process.environ()
-            ours = MARK in environ and environ.get(INSTANCE) == instance
+            # A handle is a name: whatever runs can carry anything as its mark.
+            named = HANDLE.fullmatch(environ.get(MARK, ""))
+            ours = named and environ.get(INSTANCE) == instance
             if ours and process.status() != psutil.STATUS_ZOMBIE:
                 found.append((process, environ[MARK]))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
@@ -113,11 +117,16 @@ def _facts(
         command = process.cmdline()
         if "kernel_host" in command:
             folder = os.path.dirname(command[-1])
+        if os.stat(os.path.join(folder, "host.json")).st_uid != os.getuid():
+            return bare  # not written by who asks: anybody can carry the marks
         with open(os.path.join(folder, "host.json"), encoding="utf-8") as file:
             config = json.load(file)
         if owner and config["owner"] != owner:
             return None
-        if "kernel_host" in command:
+        # Who runs as another user than the sandbox's only pretends to be its host.
+        theirs = config.get("uid", os.getuid()) == process.uids().real
+        theirs = theirs and ("uid" not in config or os.path.basename(folder) == handle)
+        if "kernel_host" in command and theirs:
             return record_of(handle, config, of_process(process.pid))
     except psutil.NoSuchProcess:
         return None
@@ -130,6 +139,7 @@ def record_of(handle: str, config: Dict[str, Any], process: Dict[str, Any]) -> D
     """What finds a host again, from its configuration and its process. Holds no secret."""
     return {
         "handle": handle,
+        **({"uid": config["uid"]} if "uid" in config else {}),
         **process,
         "socket": config["socket"],
         "folder": config["directory"],

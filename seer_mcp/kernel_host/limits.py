@@ -36,28 +36,45 @@ SET = 'ulimit -u %d 2>/dev/null || ulimit -p %d || exit 126; %sexec "$@"'  # bas
 Plan = Dict[str, Any]
 
 
-def prepare(name: str, memory: Optional[int], processes: int, means: Iterable[str] = MEANS) -> Plan:
-    """The first of `means` that works here, with its control groups made. `memory` is in MiB."""
+def prepare(
+    name: str,
+    memory: Optional[int],
+    processes: int,
+    means: Iterable[str] = MEANS,
+    user: Optional[int] = None,
+) -> Plan:
+    """The first of `means` that works here, with its control groups made. `memory` is in MiB.
+
+    `user`: as whom the host will run, if it is another. That one cannot enter groups of ours.
+    """
     plan: Plan = {"memory": memory, "processes": processes, "groups": []}
     for mean in means:
         if mean.startswith("cgroup"):
+            if user is not None:
+                continue
             parents = _parents_v2(memory) if mean == "cgroup v2" else _parents_v1(memory)
             groups = _make(name, parents, memory, processes, mean) if parents else []
             if not groups:
                 continue
             plan["groups"] = groups
-        elif mean == "rlimit" and os.getuid() == 0:
+        elif mean == "rlimit" and (os.getuid() if user is None else user) == 0:
             continue
         return {**plan, "means": mean}
     raise ValueError("none of %s can be used here" % ", ".join(means))
 
 
-def without_network() -> List[str]:
-    """A command that takes another one and runs it where there is no network; [] if none may."""
+def without_network(**process: Any) -> List[str]:
+    """A command that takes another one and runs it where there is no network; [] if none may.
+
+    `process`: what subprocess is told of the user who will run it, if it is another.
+    """
     for command in (["unshare", "--net"], ["unshare", "--map-current-user", "--net"]):
         try:
             done = subprocess.run(
-                [*command, "true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                [*command, "true"],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                **process,
             )
         except OSError:
             return []

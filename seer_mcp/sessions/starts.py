@@ -12,12 +12,14 @@ from pathlib import Path
 
 from .. import __version__
 from ..backends import Backend, Place, Progress
+from ..backends.owners import only_ours
 from ..environment import Investigation, SandboxSpec, opening_cells
 from ..errors import (
     BadInput,
     Conflict,
     EndUnconfirmed,
     NotFound,
+    PathRefused,
     SandboxStartFailed,
     SeerError,
     show,
@@ -118,7 +120,8 @@ class Starts:
             )
         if spec.backend not in config.team_backends:
             why = {
-                "local": "the kernels of all would run as one user of the server's machine",
+                "local": "the kernels of all would run as one user of the server's machine (--owner-uids gives each "
+                "owner their own)",
                 "ssh": "it would use the operator's keys",
             }.get(spec.backend, "the operator has not allowed it")
             raise BadInput(
@@ -172,6 +175,9 @@ class Starts:
                 str(p.relative_to(home.outputs.parent)) for p in home.outputs.glob("*/*.ipynb")
             ]
             raise NotFound("notebook", notebook, known)
+        if self._held.config.owner_uids and not only_ours(path, home.base):
+            why = "a kernel can write there; notebooks are opened where only this server writes"
+            raise PathRefused("notebook", notebook, why)
         return path
 
     def _free_name(self, owner: str, name: str, stem: str) -> str:

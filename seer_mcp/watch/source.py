@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -229,7 +230,9 @@ def notebook_in(home: Path, path: str) -> Path:
         found = resolve_inside("notebook", path, home, [home])
     except PathRefused:
         raise NotFound("notebook", path, []) from None
-    if found.suffix != ".ipynb" or not found.is_file():
+    # As deep as those that are listed: what is deeper is the kernels'.
+    listed = found.parent.parent == Path(os.path.realpath(home))
+    if found.suffix != ".ipynb" or not listed or not found.is_file():
         raise NotFound("notebook", path, [])
     return found
 
