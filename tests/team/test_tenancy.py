@@ -62,7 +62,7 @@ CALLS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mode", ERAS)
 async def test_t01_no_tool_reaches_a_handle_of_somebody_else(place: Ground, mode: str) -> None:
-    async with team(place, mode) as (_, anna, ben):
+    async with team(place, mode) as (server, anna, ben):
         tools = {tool.name: tool.input_schema for tool in (await ben.client.list_tools()).tools}
         takes_handle = {name for name, schema in tools.items() if "sandbox" in schema["properties"]}
         assert takes_handle == CALLS.keys()
@@ -71,6 +71,13 @@ async def test_t01_no_tool_reaches_a_handle_of_somebody_else(place: Ground, mode
         cell = made.meta["seer/cell"]["id"] if "seer/cell" in (made.meta or {}) else ""
         ended = await anna.start(name="ended-one")
         await anna.ok("stop_sandbox", sandbox=ended)
+        hidden = "google/gemma-2-9b-it"
+        (await server.register.get(running, "anna")).redactor.hide([hidden])
+        echoes = {"sandbox": running, "wait": hidden}
+        assert hidden not in text_of(await anna.call("read_outputs", **echoes))
+        assert hidden in text_of(
+            await ben.call("read_outputs", **echoes)
+        )  # nothing is hidden from him
         allowed = 0
         for handle in (running, ended):
             never = handle[:-6] + "zzzzzz"
