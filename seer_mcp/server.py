@@ -110,7 +110,7 @@ class SeerServer(MCPServer[None]):
             else:
                 answer = await self._answer(tool, name, arguments, context)
             if isinstance(answer, CallToolResult):
-                redact(answer, self.register.redactor_of(arguments, answer.meta))
+                redact(answer, self.register.redactor_of(owner(), arguments, answer.meta))
                 call.answered(answer.is_error is True, characters_of(answer))
         if call.note and isinstance(answer, CallToolResult):
             answer.content.append(TextContent(type="text", text=call.note))

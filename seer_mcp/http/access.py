@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 
 from mcp.server.auth.provider import AccessToken
 
+from ..errors import SeerError
 from ..scoped import CALL
 from ..tools.seam import LOCAL_OWNER
 from .oidc import Issuer
 from .serving import Serving
-from .tokens import SCOPES, TokenFile
+from .tokens import SCOPES, Token, TokenFile
+
+log = logging.getLogger(__name__)
 
 
 class Access:
@@ -29,7 +33,7 @@ class Access:
         digest = hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
         if self._one is not None and hmac.compare_digest(digest, self._one):
             return self._made("local", LOCAL_OWNER, self._local, None)
-        if self._users is not None and (kept := self._users.find(token)) is not None:
+        if (kept := self._kept(token)) is not None:
             expires = None if kept.expires is None else int(kept.expires)
             return self._made(f"token {kept.id}", kept.user, kept.scopes, expires)
         if self._issuer is not None and (claims := await self._issuer.check(token)) is not None:
@@ -37,6 +41,14 @@ class Access:
             owner = f"oidc:{claims.subject}"
             return self._made(claims.client, owner, claims.scopes, claims.expires)
         return None
+
+    def _kept(self, token: str) -> Token | None:
+        """Of a file that cannot be read or trusted no token opens; the log says what to do."""
+        try:
+            return self._users.find(token) if self._users is not None else None
+        except (SeerError, OSError) as error:
+            log.error("No token of the team opens: %s", error)
+            return None
 
     def _made(
         self, client: str, owner: str, scopes: tuple[str, ...], expires: int | None

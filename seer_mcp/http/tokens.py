@@ -115,11 +115,11 @@ class TokenFile:
         except FileNotFoundError:
             self._stamp, self._tokens = None, {}
             return
+        if info.st_mode & 0o077:
+            raise SeerError(f"{self.path} can be read by others; say chmod 600 {self.path}.")
         stamp = (info.st_ino, info.st_mtime_ns, info.st_size)
         if stamp == self._stamp:
             return
-        if info.st_mode & 0o077:
-            raise SeerError(f"{self.path} can be read by others; say chmod 600 {self.path}.")
         try:
             read = [token_of(entry) for entry in json.loads(self.path.read_text())["tokens"]]
         except (ValueError, TypeError, KeyError) as error:

@@ -240,20 +240,25 @@ class Register:
         shared = self.config.team and session is not None and session.shared
         return await self.get(handle, session.owner if session and shared else owner)
 
-    def redactor_of(self, *told: Mapping[str, Any] | None) -> Redactor:
-        """What must not be shown in the answer to a call: of the sandbox that arguments or answer name."""
+    def redactor_of(self, owner: str, *told: Mapping[str, Any] | None) -> Redactor:
+        """What must not be shown in the answer to a call: of the sandbox that arguments or answer name.
+
+        Nothing of a sandbox that the caller may not read: an answer in which something of it is hidden would
+        say that it is there.
+        """
         for each in told:
             named = (each or {}).get("sandbox") or (each or {}).get("seer/sandbox")
             handle = named.get("handle") if isinstance(named, dict) else named
             if isinstance(handle, str) and (session := self._held.sessions.get(handle)):
-                return session.redactor
+                return session.redactor if self._reads(session, owner) else self.config.redactor
         return self.config.redactor
 
     def may_read(self, uri: str, owner: str) -> bool:
         """Whether the resource of a sandbox is the caller's, or shared with the team."""
         session = self._held.sessions.get(uri.removeprefix("seer://sandboxes/").partition("/")[0])
-        if session is None:
-            return False
+        return session is not None and self._reads(session, owner)
+
+    def _reads(self, session: Session, owner: str) -> bool:
         return session.owner == owner or (self.config.team and session.shared)
 
     def shared(self, owner: str) -> list[Session]:

@@ -75,14 +75,14 @@ class Pages:
         """For those who are signed in; whatever may not be seen is not there."""
 
         async def answer(request: Request) -> Response:
-            visitor = await self._visitors.who(request.cookies.get(COOKIE))
-            if visitor is None or not visitor.may("sandboxes:read"):
-                if request.method == "GET" and request.url.path == "/":
-                    return await self.enter(request)
-                return PlainTextResponse("Sign in first.", 401)
-            if request.method != "GET" and "origin" not in request.headers:
-                return PlainTextResponse("Invalid Origin header", 403)
             try:
+                visitor = await self._visitors.who(request.cookies.get(COOKIE))
+                if visitor is None or not visitor.may("sandboxes:read"):
+                    if request.method == "GET" and request.url.path == "/":
+                        return await self.enter(request)
+                    return PlainTextResponse("Sign in first.", 401)
+                if request.method != "GET" and "origin" not in request.headers:
+                    return PlainTextResponse("Invalid Origin header", 403)
                 return await handler(request, visitor)
             except NotFound:
                 return self._page("missing.html", 404)

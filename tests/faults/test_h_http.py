@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
 from seer_mcp.errors import BadInput
-from seer_mcp.http import Serving
+from seer_mcp.http import Serving, TokenFile
+from seer_mcp.http.tokens import SCOPES
 
 from ..support import text_of
 from .ground import ERAS, TOKEN, Endpoint, Ground, http_server
@@ -70,7 +73,7 @@ async def test_only_the_token_opens_the_endpoint(place: Ground) -> None:
             assert answer.status_code == 401
 
 
-async def test_a_foreign_host_or_origin_is_refused(place: Ground) -> None:
+async def test_h04_a_foreign_host_or_origin_is_refused(place: Ground) -> None:
     async with http_server(place.config()) as endpoint:
         port = endpoint.port
         for host in (
@@ -93,6 +96,36 @@ async def test_a_foreign_host_or_origin_is_refused(place: Ground) -> None:
             assert (await post(endpoint, Origin=origin)).status_code == 403, origin
         for host in (f"localhost:{port}", f"127.0.0.1:{port}"):
             assert (await post(endpoint, Host=host, Origin=f"http://{host}")).status_code == 200
+
+
+async def test_h10_a_session_opens_to_nobody_but_who_began_it(place: Ground) -> None:
+    users = TokenFile(place.folder / "tokens.json")
+    anna, _ = users.create("anna", SCOPES[:3], 1)
+    ben, _ = users.create("ben", SCOPES[:3], 1)
+    async with http_server(place.config(team=True), users=users) as endpoint:
+        session = (await post(endpoint, token=anna)).headers["mcp-session-id"]
+        madeup = session[::-1]
+        note = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+        asked = {"jsonrpc": "2.0", "id": 2, "method": "tools/list"}
+        headers = {**ACCEPT, "Authorization": f"Bearer {ben}"}
+        ways = [("POST", HELLO), ("POST", note), ("POST", asked), ("GET", None), ("DELETE", None)]
+        async with httpx2.AsyncClient(timeout=20, headers=headers) as http:
+            for method, body in ways:
+                theirs, nobodys = [
+                    await http.request(
+                        method, endpoint.url, json=body, headers={"Mcp-Session-Id": id}
+                    )
+                    for id in (session, madeup)
+                ]
+                assert theirs.status_code == nobodys.status_code == 404, (method, body)
+                assert theirs.text == nobodys.text and headers_of(theirs) == headers_of(nobodys)
+        own = {"token": anna, "Mcp-Session-Id": session}
+        assert (await post(endpoint, body=note, **own)).status_code == 202
+        assert "start_sandbox" in (await post(endpoint, body=asked, **own)).text  # it is still hers
+
+
+def headers_of(answer: httpx2.Response) -> dict[str, str]:
+    return {name: value for name, value in answer.headers.items() if name != "date"}
 
 
 def test_only_loopback_is_served(place: Ground) -> None:
@@ -190,3 +223,14 @@ async def test_a_busy_port_is_said_and_the_exit_is_clean(place: Ground) -> None:
     assert process.returncode not in (0, None)
     assert b"address already in use" in stderr.lower(), stderr
     assert b"Traceback" not in stderr, stderr
+
+
+def test_h16_what_the_conformance_suite_may_not_pass_is_explained() -> None:
+    folder = Path(__file__).parents[2] / ".ci" / "conformance-expected"
+    files = sorted(folder.iterdir())
+    assert [file.stem for file in files] == ["2025-11-25", "2026-07-28"]
+    for file in files:
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
+        assert lines.pop(0) == "server:" and len(lines) == len(set(lines))
+        for line in lines:
+            assert re.fullmatch(r"  - [a-z0-9-]+:[a-z0-9-]+  # .{20,}", line), line

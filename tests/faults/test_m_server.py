@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 
+from seer_mcp.money import parse_allowance
 from seer_mcp.sessions import register as register_module
 from seer_mcp.sessions import session as session_module
 
 from ..modal_cloud.control import Controller
 from ..modal_cloud.fixtures import RunningCloud, available, client_environment, running_cloud
 from ..support import Lab, open_lab, read_cells, streams, text_of
+from ..team.test_tenancy import team
 from .ground import Ground, raw_server, raw_start, raw_text
 
 pytestmark = [
@@ -229,8 +231,6 @@ async def test_m14_a_budget_is_told_and_then_ends_its_sandbox(
 async def test_m14_what_all_sandboxes_may_cost_refuses_the_next(
     tmp_path: Path, control: Controller
 ) -> None:
-    from seer_mcp.money import parse_allowance
-
     allowances = (parse_allowance("$1"),)  # not of a day: the hour below may begin yesterday
     async with open_lab(tmp_path, max_wait=5.0, allowances=allowances) as lab:
         handle = await lab.start(backend="modal", gpu=GPU)
@@ -243,6 +243,24 @@ async def test_m14_what_all_sandboxes_may_cost_refuses_the_next(
         assert billing(control) == [handle]
         local = await lab.start()  # what costs nothing can be started
         assert "2" in text_of(await lab.cell(local, "1 + 1"))
+    assert billing(control) == []
+
+
+async def test_m14_what_one_person_may_cost_refuses_that_persons_next(
+    place: Ground, control: Controller
+) -> None:
+    budget = {"owner_allowances": (parse_allowance("$1"),)}
+    async with team(place, team_backends=("modal",), max_wait=5.0, **budget) as (server, anna, ben):
+        handle = await anna.start(backend="modal", gpu=GPU)
+        meter = (await server.register.get(handle, "anna")).meter
+        meter.began -= 0.99 / meter.price.per_second
+        meter.note()
+        said = await anna.no("start_sandbox", backend="modal", gpu=GPU)
+        assert "used up" in said and "$1.00" in said
+        assert "BUDGET: 99%" in await anna.ok("list_sandboxes")
+        second = await ben.start(backend="modal", gpu=GPU)
+        assert "BUDGET" not in await ben.ok("list_sandboxes")
+        assert sorted(billing(control)) == sorted([handle, second])
     assert billing(control) == []
 
 

@@ -37,48 +37,59 @@ async def team(
         yield server, first, second
 
 
-# Arguments with which each tool that takes a handle would do something.
-CALLS: dict[str, dict[str, Any]] = {
-    "create_cell": {"source": "1"},
-    "run_cell": {"cells": "all"},
-    "edit_cell": {"cell": "CELL", "source": "2"},
-    "delete_cell": {"cell": "CELL"},
-    "move_cell": {"cell": "CELL"},
-    "read_outputs": {"cell": "CELL"},
-    "read_notebook": {},
-    "load_model": {"model": "organism:base"},
-    "run_command": {"command": "id"},
-    "read_file": {"path": "x"},
-    "write_file": {"path": "x", "text": "y"},
-    "list_files": {},
-    "stop_sandbox": {},
-    "extend_sandbox": {"minutes": 5},
-    "snapshot_sandbox": {},
-    "restart_kernel": {},
-    "interrupt": {},
-    "submit_findings": {"claim": "c", "evidence": "CELL", "confidence": 0.5},
-}
+# Arguments with which each tool that takes a handle would do something, to a cell and a run that are there.
+CALLS: list[tuple[str, dict[str, Any]]] = [
+    ("create_cell", {"source": "1"}),
+    ("run_cell", {"cells": "all"}),
+    ("edit_cell", {"cell": "CELL", "source": "2"}),
+    ("delete_cell", {"cell": "CELL"}),
+    ("move_cell", {"cell": "CELL"}),
+    ("read_outputs", {"cell": "CELL"}),
+    ("read_outputs", {"run": "RUN"}),
+    ("read_notebook", {}),
+    ("load_model", {"model": "organism:base"}),
+    ("run_command", {"command": "id"}),
+    ("read_file", {"path": "x"}),
+    ("write_file", {"path": "x", "content": "y"}),
+    ("list_files", {}),
+    ("stop_sandbox", {}),
+    ("extend_sandbox", {"minutes": 5}),
+    ("snapshot_sandbox", {}),
+    ("restart_kernel", {}),
+    ("interrupt", {}),
+    ("interrupt", {"run": "RUN"}),
+    ("submit_findings", {"claim": "c", "evidence": "CELL", "confidence": 0.5}),
+]
 
 
 @pytest.mark.parametrize("mode", ERAS)
 async def test_t01_no_tool_reaches_a_handle_of_somebody_else(place: Ground, mode: str) -> None:
-    async with team(place, mode) as (_, anna, ben):
+    async with team(place, mode) as (server, anna, ben):
         tools = {tool.name: tool.input_schema for tool in (await ben.client.list_tools()).tools}
         takes_handle = {name for name, schema in tools.items() if "sandbox" in schema["properties"]}
-        assert takes_handle == CALLS.keys()
+        assert takes_handle == {name for name, _ in CALLS}
         running = await anna.start(name="quiet-one")
         made = await anna.cell(running, "secret = 41 + 1; secret")
-        cell = made.meta["seer/cell"]["id"] if "seer/cell" in (made.meta or {}) else ""
+        run = made.meta["seer/run"]
+        named = {"CELL": run["cell"], "RUN": run["id"]}
         ended = await anna.start(name="ended-one")
         await anna.ok("stop_sandbox", sandbox=ended)
+        hidden = "google/gemma-2-9b-it"
+        (await server.register.get(running, "anna")).redactor.hide([hidden])
+        echoes = {"sandbox": running, "wait": hidden}
+        assert hidden not in text_of(await anna.call("read_outputs", **echoes))
+        assert hidden in text_of(
+            await ben.call("read_outputs", **echoes)
+        )  # nothing is hidden from him
         allowed = 0
         for handle in (running, ended):
             never = handle[:-6] + "zzzzzz"
-            for name, arguments in CALLS.items():
-                filled = {k: cell or "c" if v == "CELL" else v for k, v in arguments.items()}
-                known = {k: v for k, v in filled.items() if k in tools[name]["properties"]}
-                theirs = await ben.call(name, sandbox=handle, **known)
-                nobodys = await ben.call(name, sandbox=never, **known)
+            for name, arguments in CALLS:
+                given = {key: named.get(str(value), value) for key, value in arguments.items()}
+                assert given.keys() <= tools[name]["properties"].keys(), name
+                assert {"sandbox", *given} >= set(tools[name]["required"]), name
+                theirs = await ben.call(name, sandbox=handle, **given)
+                nobodys = await ben.call(name, sandbox=never, **given)
                 allowed += not theirs.is_error
                 assert text_of(theirs).replace(handle, "X") == text_of(nobodys).replace(never, "X")
                 assert theirs.meta == nobodys.meta, name

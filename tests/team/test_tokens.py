@@ -15,6 +15,10 @@ from seer_mcp.errors import BadInput, NotFound, SeerError
 from seer_mcp.files import write_json
 from seer_mcp.http.tokens import SCOPES, Token, TokenFile, token_of
 
+from ..faults.ground import Ground, http_server
+from ..faults.test_h_http import post
+from .test_watch import browser
+
 
 def test_a_token_is_found_by_its_secret_alone(tmp_path: Path) -> None:
     kept = TokenFile(tmp_path / "tokens.json")
@@ -98,6 +102,31 @@ def test_a_damaged_or_open_file_lets_nobody_in(tmp_path: Path) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         token_of({**vars(token), "scopes": ["root"]})
     assert isinstance(token_of({**vars(token)}), Token)
+
+
+@pytest.mark.anyio
+async def test_a_damaged_or_open_file_lets_nobody_into_a_server_that_runs(
+    place: Ground, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = TokenFile(place.folder / "tokens.json")
+    secret, _ = kept.create("anna", SCOPES[:3], 1)
+    whole = kept.path.read_text()
+    async with (
+        http_server(place.config(team=True), users=TokenFile(kept.path)) as server,
+        browser(server, secret) as http,
+    ):
+        assert (await post(server, token=secret)).status_code == 200
+        kept.path.write_text(whole[:-9])
+        assert (await post(server, token=secret)).status_code == 401
+        assert "no token file" in caplog.text and "restore it" in caplog.text
+        assert (await http.get("/cards")).status_code == 401
+        kept.path.write_text(whole)
+        assert (await post(server, token=secret)).status_code == 200
+        kept.path.chmod(0o644)
+        answer = await post(server, token=secret)
+        assert answer.status_code == 401 and str(kept.path) not in answer.text
+        assert f"chmod 600 {kept.path}" in caplog.text
+        assert (await http.post("/enter", data={"token": secret})).status_code == 401
 
 
 def test_the_command_line_makes_lists_and_revokes(tmp_path: Path) -> None:
