@@ -75,6 +75,9 @@ class Issuer:
         return Claims(subject, str(client)[:80], scopes_of(said), int(said["exp"]))
 
     async def _key(self, id: str | None) -> jwt.PyJWK | None:
+        # A key that is known waits for no look at the issuer, which a made-up key id may have begun.
+        if time.monotonic() - self._fetched <= KEYS_SECONDS and (key := self._named(id)):
+            return key
         async with self._fetching:
             now = time.monotonic()
             old = now - self._fetched > KEYS_SECONDS

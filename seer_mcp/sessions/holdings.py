@@ -20,6 +20,7 @@ from ..observe import Observer
 from ..packs import Packs
 from ..spend import SpendBook
 from .session import RunInfo, Session
+from .snapshots import Snapshots
 from .starting import Starting
 
 # What damaged files of a sandbox can raise. It is said in a note: the other sandboxes are well.
@@ -43,6 +44,7 @@ class Holdings:
         """Failed starts that may have left a machine: their owner, and what is known."""
         self.observer = Observer(config.state_dir, config.audit_code, config.log_redactor)
         self.book = SpendBook(config.state_dir / "spend.jsonl", self.observer.instance)
+        self.snapshots = Snapshots(config.state_dir / "snapshots.jsonl")
         self.work: set[asyncio.Task[Any]] = set()
         self._backends: dict[str, Backend] = {}
 

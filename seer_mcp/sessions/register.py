@@ -349,6 +349,12 @@ class Register:
         """Take over the one sandbox of `folder`, as a server would at its start; what hinders, or None."""
         return await self._finds.adopt(folder)
 
+    async def snapshot(self, session: Session) -> str:
+        """Keep a sandbox's files; the id that its owner can start another from. Raises BadInput or OSError."""
+        id = await session.snapshot()
+        self._held.snapshots.note(id, session.owner, session.handle)
+        return id
+
     # -- money --------------------------------------------------------------------------------
 
     def _spending(self, owner: str) -> list[str]:

@@ -79,7 +79,7 @@ class Starts:
         investigation: Investigation | None = None,
     ) -> Starting:
         """Begin to start a sandbox. What can be told at once is told at once, by raising."""
-        self._allowed(owner, spec)
+        self._allowed(owner, spec, investigation)
         refuse_what_tells(spec)
         backend = await self._held.backend(spec.backend)
         source = self._existing(notebook, owner) if notebook else None
@@ -101,8 +101,10 @@ class Starts:
         task.add_done_callback(started)
         return start
 
-    def _allowed(self, owner: str, spec: SandboxSpec) -> None:
-        """Raises Conflict at a limit, and BadInput for what the operator has not given to all."""
+    def _allowed(
+        self, owner: str, spec: SandboxSpec, investigation: Investigation | None = None
+    ) -> None:
+        """Raises Conflict at a limit, BadInput or NotFound for what the operator has not given to all."""
         config = self._held.config
         starting = self.under_way()
         if len(self._held.live) + len(starting) >= config.max_sandboxes:
@@ -141,6 +143,18 @@ class Starts:
                 "it is the operator's; this server gives "
                 f"{', '.join(config.team_secrets) or 'none'} to all (--team-secret NAME)",
             )
+        if spec.snapshot and not self._operators(spec.snapshot, investigation):
+            own = self._held.snapshots.of(owner)
+            if spec.snapshot not in own:  # it may be another's: the cloud's account is the same
+                then = "snapshot_sandbox makes one of a sandbox of yours."
+                raise NotFound("snapshot", spec.snapshot, own, then)
+
+    def _operators(self, snapshot: str, investigation: Investigation | None) -> bool:
+        """Whether an investigation of the operator's names it."""
+        if investigation is None or investigation.sandbox.snapshot != snapshot:
+            return False
+        file, folders = investigation.file.resolve(), self._held.config.investigations
+        return any(file.is_relative_to(folder.resolve()) for folder in folders)
 
     def under_way(self) -> list[Starting]:
         return [start for start in self._held.starting.values() if not start.over.is_set()]

@@ -317,7 +317,7 @@ def tools(register: Register) -> list[Tool]:
         """Keep the files of a cloud sandbox, to start another from them (start_sandbox from_snapshot=id). Kernel memory
         is not kept: variables are gone there."""
         session = await register.get(sandbox, owner())
-        id = await session.snapshot()
+        id = await register.snapshot(session)
         again = call("start_sandbox", backend=session.backend_name, from_snapshot=id)
         opened = f"notebook={show(str(session.notebook.path))}, fork=true"
         return Answer(

@@ -92,6 +92,11 @@ async def test_h04_a_foreign_host_or_origin_is_refused(place: Ground) -> None:
             f"http://localhost:{port + 1}",
             f"http://localhost:{port}.evil.example",
             "file://",
+            "HTTP://EVIL.EXAMPLE",
+            f"HTTP://LOCALHOST:{port}",  # no browser writes it so
+            f"http://localhost:{port}/",
+            f"http://localhost:{port} http://evil.example",
+            "",
         ):
             assert (await post(endpoint, Origin=origin)).status_code == 403, origin
         for host in (f"localhost:{port}", f"127.0.0.1:{port}"):

@@ -299,6 +299,26 @@ async def test_m_files_of_a_snapshot_are_there_again_and_variables_are_said_not_
     assert "no snapshots" in await lab.no("snapshot_sandbox", sandbox=local)
 
 
+async def test_t01_no_sandbox_is_started_from_a_snapshot_of_somebody_else(
+    place: Ground, control: Controller
+) -> None:
+    async with team(place, team_backends=("modal",), max_wait=5.0) as (_, anna, ben):
+        handle = await anna.start(backend="modal")
+        made = (await anna.call("snapshot_sandbox", sandbox=handle)).meta["seer/snapshot"]
+        kept = place.folder / "state" / "snapshots.jsonl"
+        assert kept.stat().st_mode & 0o777 == 0o600
+        with kept.open("a") as file:
+            file.write('{"snapshot": "cut sho')
+        never = "im-neverneverneverneve"
+        theirs = await ben.no("start_sandbox", backend="modal", from_snapshot=made)
+        nobodys = await ben.no("start_sandbox", backend="modal", from_snapshot=never)
+        assert theirs.replace(made, "X") == nobodys.replace(never, "X")
+        assert "snapshot_sandbox makes one" in theirs
+        assert made in await anna.no("start_sandbox", backend="modal", from_snapshot=never)
+        again = await anna.start(backend="modal", from_snapshot=made)
+        assert sorted(billing(control)) == sorted([handle, again])
+
+
 async def test_m05_a_server_killed_in_mid_cell_is_followed_by_the_next_one(
     place: Ground, running: RunningCloud, control: Controller
 ) -> None:

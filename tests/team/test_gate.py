@@ -67,6 +67,7 @@ async def raw(port: int, data: bytes, seconds: float = 10.0) -> bytes:
 async def test_h09_requests_that_do_not_come_are_closed_and_others_go_on(
     place: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert slow.REQUEST_SECONDS <= 15
     monkeypatch.setattr(slow, "REQUEST_SECONDS", 2.0)
     head = (
         f"POST /mcp HTTP/1.1\r\nHost: 127.0.0.1:PORT\r\nAuthorization: Bearer {TOKEN}\r\n".encode()

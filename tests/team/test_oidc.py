@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hmac
@@ -23,7 +24,7 @@ from seer_mcp.http.oidc import Issuer
 
 from ..faults.ground import Ground, http_server
 from ..faults.test_h_http import HELLO, post
-from ..support import text_of
+from ..support import text_of, until
 from .conftest import Provider
 
 pytestmark = pytest.mark.anyio
@@ -76,12 +77,15 @@ class TestIssuer:
         self.keys: dict[str, Any] = {}
         self.asked = 0
         self.broken = False
+        self.answers = threading.Event()
+        self.answers.set()
         self.redirect = ""
         issuer = self
 
         class Answer(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 issuer.asked += 1
+                issuer.answers.wait(5)
                 if issuer.broken:
                     self.send_error(500)
                     return
@@ -225,6 +229,22 @@ async def test_h01_made_up_keys_do_not_make_us_hammer_the_issuer(
     issuer._fetched -= oidc.KEYS_SECONDS
     old = issued.token("two", headers={"kid": "one"})
     assert await issuer.check(old) is None
+
+
+async def test_h01_a_token_with_a_known_key_does_not_wait_for_a_slow_issuer(
+    issued: TestIssuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oidc, "PAUSE_SECONDS", 0.0)
+    issuer = Issuer(issued.url, AUDIENCE)
+    assert await issuer.check(issued.token()) is not None
+    asked = issued.asked
+    issued.answers.clear()
+    made_up = asyncio.create_task(issuer.check(issued.token(headers={"kid": "made up"})))
+    await until(lambda: issued.asked > asked)
+    assert await issuer.check(issued.token()) is not None
+    assert not made_up.done()
+    issued.answers.set()
+    assert await made_up is None
 
 
 async def test_an_issuer_that_cannot_be_trusted_is_none(issued: TestIssuer) -> None:
