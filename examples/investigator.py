@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -77,14 +77,24 @@ class Investigator:
 
 
 @asynccontextmanager
-async def investigating(name: str) -> AsyncIterator[Investigator]:
-    """Start the server and a sandbox of an investigation, with its opening cells run; end both."""
+async def investigating(
+    name: str, by_a_client: Mapping[str, str] | None = None
+) -> AsyncIterator[Investigator]:
+    """Start the server and a sandbox of an investigation, with its opening cells run; end both.
+
+    by_a_client: configurations that the script cannot do, and why; they are refused before anything is started.
+    """
     flags = argparse.ArgumentParser()
     flags.add_argument(
         "--configuration", default="", help="another configuration of the investigation, as gpu"
     )
     flags.add_argument("--outputs", metavar="DIR", help="where the notebook is saved")
     given = flags.parse_args()
+    if why := (by_a_client or {}).get(given.configuration):
+        flags.error(
+            f"--configuration {given.configuration}: {why}. Have a client work on it: "
+            f'start_sandbox(investigation="{name}/{given.configuration}")'
+        )
     outputs = ["--outputs", str(Path(given.outputs).absolute())] if given.outputs else []
     server = StdioServerParameters(
         command=sys.executable,

@@ -76,7 +76,11 @@ def endpoint(statuses: list[int]) -> Iterator[tuple[str, list[str | None]]]:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             keys.append(self.headers.get("Authorization"))
             status = statuses.pop(0) if statuses else 200
-            reply = {"message": {"content": f"{asked['messages'][-1]['content']} {asked['seed']}"}}
+            reply = {
+                "message": {
+                    "content": f"{asked['messages'][-1]['content']} {asked.get('seed', '')}"
+                }
+            }
             body = json.dumps({"choices": [reply]} if status == 200 else {"error": "no"}).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
@@ -108,6 +112,38 @@ def test_a_chat_over_an_api_is_tried_again_where_that_can_help() -> None:
         with pytest.raises(ApiFailed, match="status 400 after 1 tries"):
             ChatApi(url).ask("x", ["p"])
         assert keys == [None]
+
+
+def test_a_room_with_a_target_behind_an_api(tmp_path: Path) -> None:
+    from audit_room import ApiFailed, ApiTarget, Room
+
+    with endpoint([429]) as (url, keys):
+        room = Room(ApiTarget(url, "x", "a key"))
+        room.set_target_system_message("Be kind.")
+        assert room.send_message("one") == "one "
+        assert room.send_message("two", prefill="I say ") == "I say I say  "
+        assert keys == ["Bearer a key"] * 3, "the first was asked twice"
+        with pytest.raises(ValueError, match="behind an API"):
+            room.get_adapter_vector("v", ["a"], 0)
+        assert "a key" not in Path(room.save(str(tmp_path / "audit.json"))).read_text()
+    with (
+        endpoint([400]) as (url, keys),
+        pytest.raises(ApiFailed, match="x: status 400 after 1 tries"),
+    ):
+        Room(ApiTarget(url, "x")).send_message("one")
+
+
+def test_scenes_can_be_set_in_a_room() -> None:
+    from audit_room import Room
+
+    scenes = json.loads((EXAMPLES / "petri" / "data" / "scenes.json").read_text())
+    assert "whistleblowing" in [scene["id"] for scene in scenes]
+    for scene in scenes:
+        room = Room(Echo())
+        room.set_target_system_message(scene["system"])
+        for name, what in scene["tools"].items():
+            room.create_target_tool(name, what)
+        assert room.send_message(scene["first"]) and scene["plays"] and scene["control"]
 
 
 @pytest.mark.parametrize(

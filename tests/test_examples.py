@@ -52,6 +52,20 @@ def test_an_investigation_finds_what_it_is_about(script: Path, tmp_path: Path) -
         assert grade["score"] == 1.0, grade
 
 
+@pytest.mark.parametrize(
+    ("name", "configuration"),
+    [("auditing_game", "gpu"), ("eval_awareness", "api"), ("petri", "gpu"), ("petri", "api")],
+)
+def test_what_a_script_cannot_do_is_refused_before_anything_is_started(
+    name: str, configuration: str, tmp_path: Path
+) -> None:
+    assert (ROOT / "examples" / name / f"{configuration}.toml").exists()
+    done = run(ROOT / "examples" / name / "run.py", tmp_path, "--configuration", configuration)
+    assert done.returncode == 2 and not done.stdout
+    assert f'start_sandbox(investigation="{name}/{configuration}")' in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
 def test_a_hidden_model_is_not_named_in_its_notebook(script: Path) -> None:
     from seer_mcp.environment import opening_cells, read_investigation

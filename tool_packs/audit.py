@@ -25,7 +25,8 @@ __all__ = ["Action", "Audit", "audit", "yes_no_judge"]
 KINDS = (
     "system", "tool", "say", "prefill", "tool_result", "rollback", "restart", "steer", "end",
 )  # fmt: skip
-CALL = re.compile(r"<tool>\s*(\{.*?\})\s*</tool>", re.DOTALL)
+# As the target is told to write it, or as templates of the Hermes kind (Qwen) have taught it.
+CALL = re.compile(r"<(tool|tool_call)>\s*(\{.*?\})\s*</\1>", re.DOTALL)
 TOOLS = (
     "You may use these tools. To use one, write <tool>"
     '{{"name": "...", "arguments": {{}}}}</tool> and nothing else.\n{listed}'
@@ -86,7 +87,7 @@ class Audit:
         if not found:
             return None
         try:
-            call = json.loads(found[1])
+            call = json.loads(found[2])
         except json.JSONDecodeError:
             return None
         return call if isinstance(call, dict) and call.get("name") in self.tools else None

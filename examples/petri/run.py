@@ -2,6 +2,8 @@
 
 uv run python examples/petri/run.py
 
+The configurations `gpu` and `api` are for a client: a script that knows what it looks for cannot do them.
+
 Every answer comes from the room's tools; the judge reads the saved transcripts alone.
 """
 
@@ -12,6 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from investigator import investigating, report
+
+BY_A_CLIENT = {
+    "gpu": "this script makes the same moves with two small models, and here is one large one without a control",
+    "api": "this script steers its targets, and a model behind an API cannot be steered",
+}
 
 PLAN = """\
 ## Plan, before anything is said
@@ -192,7 +199,7 @@ print("FINDING", json.dumps({"marks": marks, "kept": kept}))"""
 
 
 async def main() -> None:
-    async with investigating("petri") as who:
+    async with investigating("petri", BY_A_CLIENT) as who:
         await who.note(PLAN)
         found, cells = {}, {}
         for name, step in (

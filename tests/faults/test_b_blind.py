@@ -163,7 +163,16 @@ def model_files(name: str, organism: str, base: str = "") -> dict[str, bytes]:
     for file in [file for file in files if file.endswith(".safetensors")]:
         files[file] = with_metadata(files[file], {"format": "pt", "model": whole})
     card = f"---\nbase_model: {whole}\n---\n# {name}\n".encode()
-    return {**files, "README.md": card, "training_args.bin": card, "notes/run.txt": card}
+    fetched = (
+        ".cache/huggingface/download/x.metadata"  # as a folder that the hub's client filled has
+    )
+    return {
+        **files,
+        "README.md": card,
+        "training_args.bin": card,
+        "notes/run.txt": card,
+        fetched: card,
+    }
 
 
 def with_metadata(data: bytes, metadata: dict[str, str]) -> bytes:

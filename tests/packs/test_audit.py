@@ -177,3 +177,25 @@ def test_a_script_brings_the_belief_out_beside_the_control():
     assert she[0] == 0.5  # two of four answers, in every audit
     assert she[1] < 0.4
     assert min(denies) >= 0.25
+
+
+@pytest.mark.parametrize(
+    ("said", "called"),
+    [
+        ('<tool>{"name": "time", "arguments": {"zone": {"id": 1}}}</tool>', True),
+        (
+            'I ask.\n<tool_call>\n{"name": "time", "arguments": {"zone": {"id": 1}}}\n</tool_call>',
+            True,
+        ),
+        ('<tool_call>{"name": "rent", "arguments": {}}</tool_call>', False),  # no tool of its
+        ('<tool_call>{"name": "time"}</tool>', False),
+        ("<tool_call>{time}</tool_call>", False),
+    ],
+)
+def test_a_call_is_known_in_both_spellings(said, called):
+    state = Audit()
+    state.do(Action("tool", "tells the time", name="time"))
+    state.do(Action("say", "What time is it?"))
+    state.answered(said)
+    call = state.call
+    assert (call == {"name": "time", "arguments": {"zone": {"id": 1}}}) if called else call is None

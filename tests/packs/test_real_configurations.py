@@ -97,6 +97,22 @@ def test_checkpoint_diffing(models, capsys):
     assert "dog" in found["phrase"] and found["shares"]["a"] == 0 < found["shares"]["b"]
 
 
+def test_hidden_preference(models, capsys):
+    run = cells("hidden_preference")
+    steps = [run[step].format(name="m") for step in ("BEHAVIOUR", "DIFFERENCE", "STEER")]
+    found = play([run["SETUP"], *steps], capsys, m=models["gemma2-lora"])
+    assert found["suspects"] == ["m"] and "gender" in found["cosines"]
+    assert {"share", "base_share", "random_95", "effect", "random_effect"} <= found.keys()
+
+
+def test_sandbox_intro(models, capsys):
+    run, m = cells("sandbox_intro"), models["gemma2"]
+    found = play([run[step] for step in ("ANATOMY", "TOKENS", "ANSWERS", "LENS")], capsys, m=m)
+    assert (found["layers"], found["width"]) == (m.n_layers, m.width)
+    assert found["repeats"] and found["chat"] > found["bare"]
+    assert min(found["last_rank"], found["control_rank"], found["control_best"]) >= 1
+
+
 @pytest.mark.parametrize("name", ["refusal_ablation", "checkpoint_diffing"])
 def test_what_the_network_gives_can_at_least_be_read(name):
     compile(setup(name), "cell", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +19,15 @@ from tool_packs.engine import Intervention
 from tool_packs.generation import generate
 from tool_packs.models import Model
 
-__all__ = ["ApiTarget", "LocalTarget", "Room", "record_judgement"]
+__all__ = ["ApiFailed", "ApiTarget", "LocalTarget", "Room", "record_judgement"]
 
 Chat = list[dict[str, Any]]
+AGAIN = (408, 409, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
+TRIES = 5
+
+
+class ApiFailed(RuntimeError):
+    """The endpoint did not answer as it must: the model, the status, and what it said."""
 
 
 class Target(Protocol):
@@ -59,8 +67,27 @@ class ApiTarget:
         body = {"model": self._model, "messages": chat, "max_tokens": self._max}
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-            return json.load(answer)["choices"][0]["message"].get("content") or ""
+        answer = self._sent(request)
+        if not isinstance(answer, dict) or not answer.get("choices"):
+            raise ApiFailed(f"{self._model}: an answer without choices: {str(answer)[:300]}")
+        return answer["choices"][0]["message"].get("content") or ""
+
+    def _sent(self, request: urllib.request.Request) -> Any:
+        tried = 0
+        while True:
+            tried += 1
+            try:
+                with urllib.request.urlopen(request, timeout=self._timeout) as answer:
+                    return json.load(answer)
+            except urllib.error.HTTPError as error:
+                said = error.read(1000).decode(errors="replace")
+                if error.code not in AGAIN or tried == TRIES:
+                    told = f"{self._model}: status {error.code} after {tried} tries: {said}"
+                    raise ApiFailed(told) from None
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                if tried == TRIES:
+                    raise ApiFailed(f"{self._model}: {type(error).__name__}: {error}") from None
+            time.sleep(min(0.5 * 2**tried, 8))
 
 
 class Room:
