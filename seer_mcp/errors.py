@@ -11,6 +11,7 @@ SeerError
 │   └── KernelStartFailed
 ├── SandboxUnavailable  the machine cannot be used now
 │   ├── SandboxUnreachable   it may come back
+│   │   └── Unanswered       what was asked of it may be done all the same
 │   ├── SandboxLost          it is gone
 │   └── SandboxStartFailed
 ├── InvestigationRefused   an investigation.toml that cannot be used
@@ -116,6 +117,10 @@ class SandboxUnavailable(SeerError):
 
 class SandboxUnreachable(SandboxUnavailable):
     pass
+
+
+class Unanswered(SandboxUnreachable):
+    """What was asked may have been heard, and done, all the same."""
 
 
 class SandboxLost(SandboxUnavailable):

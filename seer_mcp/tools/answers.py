@@ -53,6 +53,11 @@ def headline(session: Session, run: RunInfo, waited: float) -> str:
     handle = session.handle
     key = {"cell": run.subject} if run.kind == "cell" else {"run": run.id}
     read_on = call("read_outputs", sandbox=handle, **key)
+    if run.state == "queued" and run.unanswered:
+        return (
+            f"{what}: queued; the sandbox does not answer now. It is sent until the sandbox takes it, and runs "
+            f"once: do not repeat it. Next: {read_on} waits for it, list_sandboxes shows the sandbox's state."
+        )
     if run.state == "queued":
         return (
             f"{what}: queued, other runs are before it. It will run by itself. Next: {read_on} waits for it, "
