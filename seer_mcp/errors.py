@@ -30,7 +30,7 @@ Each class writes its sentence from the facts: what is wrong, with the value, an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class SeerError(Exception):
@@ -124,10 +124,12 @@ class Unanswered(SandboxUnreachable):
 
 
 class SandboxLost(SandboxUnavailable):
-    def __init__(self, handle: str, why: str, notebook: str) -> None:
+    def __init__(self, handle: str, why: str, again: Mapping[str, str]) -> None:
+        """`again`: what start_sandbox is told to open its notebook on such a machine."""
+        asked = ", ".join(f"{name}={show(value, 1000)}" for name, value in again.items())
         super().__init__(
             f"Sandbox {handle} is gone ({why}); its variables are lost, its notebook is kept: "
-            f"{notebook}. Start a new one with start_sandbox(notebook={show(notebook)}) and run "
+            f"{again['notebook']}. Start a new one with start_sandbox({asked}) and run "
             "the cells that you need again."
         )
 

@@ -113,6 +113,9 @@ class LocalSandbox:
             await asyncio.sleep(0.02)
         shutil.rmtree(self._socket.parent, ignore_errors=True)
 
+    async def why_gone(self) -> str:
+        return "its host process ended unexpectedly"
+
     async def snapshot(self) -> str:
         raise BadInput(
             "sandbox",

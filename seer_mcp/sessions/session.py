@@ -181,11 +181,9 @@ class Session:
 
         async def is_gone() -> str | None:
             found = await backend.find(record)
-            return (
-                None
-                if found is not None
-                else (self._closing_why or "its host process ended unexpectedly")
-            )
+            if found is not None:
+                return None
+            return self._closing_why or await sandbox.why_gone()
 
         self._link = Link(sandbox.dial, start, self._take, self._damaged, is_gone, self._lost)
         self._link.open()
@@ -866,6 +864,20 @@ class Session:
                 said += self.meter.warnings()
         return said
 
+    def start_again(self) -> dict[str, str]:
+        """What start_sandbox is told to open its notebook on such a machine again."""
+        made = self.notebook.metadata.get("seer", {}).get("environment", {})
+        gpu = str(made.get("gpu", "")) if isinstance(made, dict) else ""  # as 2 x H100
+        count, _, kind = gpu.partition(" x ")
+        host = self._sandbox.record().get("host") if self._sandbox is not None else None
+        asked = {
+            "notebook": str(self.notebook.path),
+            "backend": self.backend_name if self.backend_name != "local" else "",
+            "gpu": (kind if count == "1" else f"{kind}:{count}") if kind else "",
+            "host": str(host or ""),
+        }
+        return {name: value for name, value in asked.items() if value}
+
     def record(self) -> Record:
         sandbox = self._sandbox.record() if self._sandbox is not None else None
         return sealed(
@@ -902,7 +914,7 @@ class Session:
             if self.unconfirmed is not None:
                 raise self.unconfirmed
             why = self.ended or self._closing_why or "its host is gone"
-            raise SandboxLost(self.handle, why, str(self.notebook.path))
+            raise SandboxLost(self.handle, why, self.start_again())
         if self._link is None:
             raise SandboxUnreachable(
                 f"Sandbox {self.handle} is still starting. Try again in a moment."

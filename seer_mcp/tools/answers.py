@@ -81,7 +81,7 @@ def headline(session: Session, run: RunInfo, waited: float) -> str:
         ),
         "sandbox_lost": (
             f"{what}: the sandbox was lost{why}; its variables are gone, the notebook is kept. "
-            f"Next: {call('start_sandbox', notebook=str(session.notebook.path))}."
+            f"Next: {call('start_sandbox', **session.start_again())}."
         ),
         "expired": f"{what}: cut off when the sandbox ended{why}. The notebook is kept.",
         "not_run": f"{what}: was not run{why}.",

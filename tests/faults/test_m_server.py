@@ -395,6 +395,29 @@ async def test_m_an_investigation_says_what_its_sandbox_is(lab: Lab, control: Co
     assert row["gpu"] == GPU  # what is asked for goes over what the file says
 
 
+async def test_m10_a_machine_that_is_taken_away_is_said_with_how_to_start_such_a_one(
+    lab: Lab, control: Controller
+) -> None:
+    handle = await lab.start(backend="modal", gpu=GPU)
+    begun = await lab.cell(
+        handle, "import time\nprint('before', flush=True)\ntime.sleep(60)", wait=1
+    )
+    cell = begun.meta["seer/run"]["cell"]
+    control.preempt(sandbox=handle)
+    await says(lab, f"{handle}: ended")
+    read = await lab.call("read_outputs", sandbox=handle, cell=cell)
+    text = text_of(read)
+    assert read.meta["seer/run"]["state"] == "sandbox_lost"
+    assert "before" in text.splitlines() and "Modal took it away" in text
+    assert "host process" not in text
+    path = await lab.notebook_path(handle)
+    assert f"start_sandbox(notebook='{path}', backend='modal', gpu='{GPU}')" in text
+    again = await lab.no("create_cell", sandbox=handle, source="1")
+    assert "backend='modal'" in again and f"gpu='{GPU}'" in again
+    assert streams(read_cells(path)[0]) == "before\n"
+    assert billing(control) == []
+
+
 @pytest.mark.slow
 async def test_m_the_demo_runs_at_modal(
     tmp_path: Path, running: RunningCloud, control: Controller
