@@ -308,6 +308,23 @@ async def test_m05_a_server_killed_in_mid_cell_is_followed_by_the_next_one(
     assert billing(control) == []
 
 
+@pytest.mark.parametrize("machine", [{}, pytest.param({"gpu": GPU}, marks=pytest.mark.slow)])
+async def test_m05_a_machine_of_a_start_that_its_server_did_not_survive_is_ended(
+    place: Ground, running: RunningCloud, control: Controller, machine: dict[str, str]
+) -> None:
+    env = {**running.environment, "SEER_MCP_FAULT": "after:sandbox.created:1"}
+    with raw_server(place, env=env) as server:
+        asked = {"backend": "modal", "name": "half", **machine}
+        server.send("tools/call", name="start_sandbox", arguments=asked)
+        server.process.wait(timeout=30)
+    (handle,) = billing(control)
+    with raw_server(place, env=dict(running.environment)) as server:
+        listed = raw_text(server.call("list_sandboxes"))
+        assert billing(control) == []
+        assert f"{handle}: " in listed and "its server ended before its start was over" in listed
+        assert "ended by the next server" in listed and "no server was there" not in listed
+
+
 async def test_m05_what_no_record_knows_of_is_swept_and_what_is_another_servers_is_not(
     tmp_path: Path, control: Controller
 ) -> None:
