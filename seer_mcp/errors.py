@@ -134,11 +134,14 @@ class SandboxLost(SandboxUnavailable):
         )
 
 
+NOTHING_LEFT = "Nothing was left running."
+
+
 class SandboxStartFailed(SandboxUnavailable):
     def __init__(self, why: str, log: str = "") -> None:
         tail = "\n".join(log.splitlines()[-20:])
         shown = f"\nLast lines of its log:\n{tail}" if tail.strip() else ""
-        super().__init__(f"The sandbox did not start: {why}. Nothing was left running.{shown}")
+        super().__init__(f"The sandbox did not start: {why}. {NOTHING_LEFT}{shown}")
 
 
 class StillStarting(SandboxUnavailable):

@@ -204,6 +204,32 @@ async def test_m08_an_unconfirmed_end_is_said_in_every_answer_until_it_is_sure(
     assert "STILL BILLING" not in await says(lab, f"{handle}: ended")
 
 
+async def test_m08_a_failed_start_that_may_still_cost_money_says_why_and_how_much(
+    lab: Lab, control: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seer_mcp.backends.modal import backend as modal_backend
+    from seer_mcp.backends.modal import sandbox as modal_sandbox
+
+    monkeypatch.setattr(modal_sandbox, "END_SECONDS", 0.5)
+    monkeypatch.setattr(modal_backend, "BOOT_SECONDS", 1.2)
+    control.fault(rpc="TaskExecStart", status="PERMISSION_DENIED", times=0)
+    control.fault(rpc="SandboxTerminate*", status="PERMISSION_DENIED", times=0)
+    await lab.call("start_sandbox", backend="modal", gpu=GPU)  # perhaps not over within the call
+    listed = await says(lab, "STILL BILLING")
+    (handle,) = billing(control)
+    said = await lab.no("create_cell", sandbox=handle, source="1")
+    assert said.startswith("The sandbox did not start: "), said
+    for text in (said, listed):
+        assert "The sandbox did not start: " in text and "Nothing was left running" not in text
+        assert f"STILL BILLING: sandbox {handle}" in text and "so far" in text
+    control.forgive()
+    for _ in range(100):
+        if not billing(control):
+            break
+        await asyncio.sleep(0.1)
+    assert billing(control) == []
+
+
 async def nothing(self: Any) -> None:
     return
 
