@@ -11,6 +11,7 @@ SeerError
 │   └── KernelStartFailed
 ├── SandboxUnavailable  the machine cannot be used now
 │   ├── SandboxUnreachable   it may come back
+│   │   └── Unanswered       what was asked of it may be done all the same
 │   ├── SandboxLost          it is gone
 │   └── SandboxStartFailed
 ├── InvestigationRefused   an investigation.toml that cannot be used
@@ -29,7 +30,7 @@ Each class writes its sentence from the facts: what is wrong, with the value, an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class SeerError(Exception):
@@ -118,20 +119,29 @@ class SandboxUnreachable(SandboxUnavailable):
     pass
 
 
+class Unanswered(SandboxUnreachable):
+    """What was asked may have been heard, and done, all the same."""
+
+
 class SandboxLost(SandboxUnavailable):
-    def __init__(self, handle: str, why: str, notebook: str) -> None:
+    def __init__(self, handle: str, why: str, again: Mapping[str, str]) -> None:
+        """`again`: what start_sandbox is told to open its notebook on such a machine."""
+        asked = ", ".join(f"{name}={show(value, 1000)}" for name, value in again.items())
         super().__init__(
             f"Sandbox {handle} is gone ({why}); its variables are lost, its notebook is kept: "
-            f"{notebook}. Start a new one with start_sandbox(notebook={show(notebook)}) and run "
+            f"{again['notebook']}. Start a new one with start_sandbox({asked}) and run "
             "the cells that you need again."
         )
+
+
+NOTHING_LEFT = "Nothing was left running."
 
 
 class SandboxStartFailed(SandboxUnavailable):
     def __init__(self, why: str, log: str = "") -> None:
         tail = "\n".join(log.splitlines()[-20:])
         shown = f"\nLast lines of its log:\n{tail}" if tail.strip() else ""
-        super().__init__(f"The sandbox did not start: {why}. Nothing was left running.{shown}")
+        super().__init__(f"The sandbox did not start: {why}. {NOTHING_LEFT}{shown}")
 
 
 class StillStarting(SandboxUnavailable):

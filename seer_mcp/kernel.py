@@ -16,6 +16,7 @@ from .errors import (
     KernelStartFailed,
     SandboxUnreachable,
     SeerError,
+    Unanswered,
 )
 from .ipynb import DEPTH, STATES, is_kind, nested_deeper
 from .kernel_host.door import LINE_LIMIT
@@ -224,7 +225,10 @@ class Link:
         self._fail_waiting(self._gone)
 
     async def request(self, op: str, timeout: float = 30.0, **fields: Any) -> dict[str, Any]:
-        """Ask the host. Raises SandboxUnreachable, or the host's refusal as an error of ours."""
+        """Ask the host. Raises SandboxUnreachable, or the host's refusal as an error of ours.
+
+        It is Unanswered where the host may have heard the request.
+        """
         if self._gone is not None:
             raise SandboxUnreachable(f"The sandbox is gone ({self._gone}).")
         number = next(self._ids)
@@ -242,15 +246,20 @@ class Link:
             async with asyncio.timeout(timeout):  # wait_for of Python 3.11 can swallow a cancel
                 answer = await future
         except TimeoutError:
-            raise SandboxUnreachable(
-                f"The sandbox gave no answer to {op!r} in {timeout:.0f} s. Try again; list_sandboxes shows its state."
+            then = (
+                "Try again"
+                if op in REPEATABLE
+                else "It may still be done: look before you repeat it"
+            )
+            raise Unanswered(
+                f"The sandbox gave no answer to {op!r} in {timeout:.0f} s. {then}; list_sandboxes shows its state."
             ) from None
         finally:
             self._waiting.pop(number, None)
         if answer.get("ok") is not True:
             raise refusal(answer)
         if any(not is_kind(answer.get(name), kind) for name, kind in ANSWERS.get(op, {}).items()):
-            raise SandboxUnreachable(
+            raise Unanswered(
                 f"The sandbox's answer to {op!r} cannot be understood. If that goes on, end it with stop_sandbox."
             )
         return answer
@@ -374,7 +383,7 @@ class Link:
         for op, _, future in self._waiting.values():
             if op not in REPEATABLE and not future.done():
                 future.set_exception(
-                    SandboxUnreachable(
+                    Unanswered(
                         f"The line to the sandbox broke during {op!r}; look before you repeat it."
                     )
                 )
@@ -398,7 +407,7 @@ class Link:
     def _fail_waiting(self, why: str) -> None:
         for _, _, future in self._waiting.values():
             if not future.done():
-                future.set_exception(SandboxUnreachable(f"The sandbox is gone ({why})."))
+                future.set_exception(Unanswered(f"The sandbox is gone ({why})."))
 
 
 def encoded(message: dict[str, Any]) -> bytes:

@@ -85,6 +85,13 @@ class Sandbox(Protocol):
         """
         ...
 
+    async def why_gone(self) -> str:
+        """How a machine ended that nobody asked to: what is known of it, as a clause.
+
+        Asked after `find` answered None. A cause that cannot be asked for now is said to be unknown.
+        """
+        ...
+
     async def snapshot(self) -> str:
         """Keep the machine's files; the id for SandboxSpec.snapshot.
 

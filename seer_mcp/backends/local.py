@@ -154,6 +154,9 @@ class LocalSandbox:
             await asyncio.to_thread(self._user.end_strays)
         shutil.rmtree(self._socket.parent, ignore_errors=True)
 
+    async def why_gone(self) -> str:
+        return "its host process ended unexpectedly"
+
     async def snapshot(self) -> str:
         raise BadInput(
             "sandbox",

@@ -112,6 +112,9 @@ class SshSandbox:
                 )
             await asyncio.sleep(2.0)
 
+    async def why_gone(self) -> str:
+        return "its host process ended unexpectedly"
+
     async def snapshot(self) -> str:
         raise BadInput("sandbox", self._handle, LACKING["snapshot"])
 

@@ -21,6 +21,9 @@ from .record import read_record
 FORGET_SECONDS = 7 * 86400.0
 CUT_OFF_SECONDS = 60.0
 FOLLOW_SECONDS = 10.0
+CUT_OFF = (
+    "its server ended before its start was over; what was there of it was ended by the next server"
+)
 ELSEWHERE = "another seer-mcp server uses it."
 
 
@@ -104,8 +107,7 @@ class Finds:
             past = self._held.session(
                 handle, name, owner, backend_name, Notebook(path), folder, lock, created
             )
-            past.meter, past.shared = meter, shared
-            past.meter, past.investigation = meter, investigation
+            past.meter, past.shared, past.investigation = meter, shared, investigation
             if meter is not None:
                 meter.closed = self._held.book.closed(handle)
             past.ended, past.unread = str(ended), True
@@ -156,7 +158,9 @@ class Finds:
             if sandbox_record:
                 await backend.clear(handle)  # a killed host may leave what it started
             await session.declare_lost(
-                "it ended while no server was there", backend, sandbox_record
+                "it ended while no server was there" if sandbox_record else CUT_OFF,
+                backend,
+                sandbox_record,
             )
         else:
             session.attach(backend, sandbox, document.rewind())

@@ -7,18 +7,20 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..backends import Backend, open_backend
 from ..config import Config
-from ..errors import EndUnconfirmed, SeerError
+from ..errors import EndUnconfirmed, SandboxUnavailable, SeerError
 from ..files import Lock, private_dir, write_json
 from ..kernel_host.fault import fault_point
 from ..notebook import Notebook, why_not
 from ..observe import Observer
 from ..packs import Packs
 from ..spend import SpendBook
+from .meter import Meter
 from .session import RunInfo, Session
 from .snapshots import Snapshots
 from .starting import Starting
@@ -26,6 +28,21 @@ from .starting import Starting
 # What damaged files of a sandbox can raise. It is said in a note: the other sandboxes are well.
 DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, SeerError)
 T = TypeVar("T")
+
+
+@dataclass
+class Leftover:
+    """What a start that failed may have left: a machine that may still run, and cost money."""
+
+    owner: str
+    reason: str
+    """Why the start failed."""
+    unsure: EndUnconfirmed
+    meter: Meter | None
+
+    def error(self) -> SandboxUnavailable:
+        cost = f" It cost {self.meter.so_far()}." if self.meter is not None else ""
+        return SandboxUnavailable(f"{self.reason} {self.unsure}{cost}")
 
 
 class Holdings:
@@ -40,8 +57,8 @@ class Holdings:
         self.sessions: dict[str, Session] = {}
         self.starting: dict[str, Starting] = {}
         """What is being started, and what failed to within the last hour."""
-        self.ending: dict[str, tuple[str, EndUnconfirmed]] = {}
-        """Failed starts that may have left a machine: their owner, and what is known."""
+        self.ending: dict[str, Leftover] = {}
+        """Failed starts that may have left a machine."""
         self.observer = Observer(config.state_dir, config.audit_code, config.log_redactor)
         self.book = SpendBook(config.state_dir / "spend.jsonl", self.observer.instance)
         self.snapshots = Snapshots(config.state_dir / "snapshots.jsonl")

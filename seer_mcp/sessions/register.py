@@ -310,7 +310,7 @@ class Register:
             ]
         else:
             notes += self._swept
-        notes += [str(unsure) for its, unsure in self._held.ending.values() if its == owner]
+        notes += [str(left.error()) for left in self._held.ending.values() if left.owner == owner]
         notes += self._spending(owner)
         mine = [s for s in self._held.sessions.values() if s.owner == owner]
         notes += [

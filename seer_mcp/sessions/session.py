@@ -23,6 +23,7 @@ from ..errors import (
     SandboxLost,
     SandboxUnreachable,
     SeerError,
+    Unanswered,
 )
 from ..files import Lock
 from ..ipynb import read_notebook
@@ -44,6 +45,8 @@ KNOWN_COMMANDS = 64  # that are over: of others the sandbox's journal tells, as 
 SANDBOX_GONE = f" Of commands in a sandbox that has ended the last {KNOWN_COMMANDS} can be read."
 HEARTBEAT_SECONDS = 5.0
 INTERRUPT_SECONDS = 5.0
+TAKEN_SECONDS = 10.0  # that a call waits for the sandbox to take a run
+ASK_SECONDS = 3600.0  # after which a run that is not answered is sent again
 FRESH_SECONDS = 0.05  # that a look waits for what was put out before it
 SAVE_AGAIN_SECONDS = 2.0
 INSIST_SECONDS = 60.0  # between two tries to end a machine
@@ -76,6 +79,8 @@ class RunInfo:
     """The tool call that began it, if that was one of this server."""
     whole: bool = True
     """Whether its first event came to this server."""
+    unanswered: bool = False
+    """It was sent, and the sandbox has not said yet that it took it: it is sent until it does."""
     recalled: int = 0
     """Up to which event it was read from the journal (see recall.py)."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -164,6 +169,7 @@ class Session:
         self._kernel_changed = asyncio.Event()
         self._work: set[asyncio.Task[Any]] = set()
         self._touching: set[asyncio.Task[None]] = set()
+        self._sending: set[asyncio.Task[None]] = set()
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -175,11 +181,9 @@ class Session:
 
         async def is_gone() -> str | None:
             found = await backend.find(record)
-            return (
-                None
-                if found is not None
-                else (self._closing_why or "its host process ended unexpectedly")
-            )
+            if found is not None:
+                return None
+            return self._closing_why or await sandbox.why_gone()
 
         self._link = Link(sandbox.dial, start, self._take, self._damaged, is_gone, self._lost)
         self._link.open()
@@ -360,6 +364,8 @@ class Session:
     async def _stop_following(self) -> None:
         if self._asking is not None:
             self._asking.cancel()
+        for sending in self._sending:
+            sending.cancel()
         if self._work:
             await asyncio.wait(self._work, timeout=2.0)
         if self._link is not None:
@@ -598,14 +604,47 @@ class Session:
         wanted = [
             {"run": run.id, "code": cell.source} for cell, run in zip(cells, runs, strict=True)
         ]
+        await self._send(runs, "run", {"runs": wanted, "stop_on_error": stop_on_error})
+        fault_point("run.accepted")
+
+    async def _send(self, runs: Sequence[RunInfo], op: str, fields: dict[str, Any]) -> None:
+        """Let the host begin these runs. Raises its refusal: then they are not run.
+
+        Where it does not answer it may have heard: it is asked again, and begins each run once.
+        """
         try:
-            await self._linked().request("run", runs=wanted, stop_on_error=stop_on_error)
-            fault_point("run.accepted")
-        except SeerError as error:
+            await self._linked().request(op, timeout=TAKEN_SECONDS, **fields)
+        except Unanswered:
             for run in runs:
-                self._finish(run.id, "not_run", str(error))
-            await self._save_quietly()
+                run.unanswered = True
+            sending = asyncio.create_task(self._send_again(runs, op, fields))
+            self._sending.add(sending)
+            sending.add_done_callback(self._sending.discard)
+        except SeerError as error:
+            await self._refused(runs, error)
             raise
+
+    async def _send_again(self, runs: Sequence[RunInfo], op: str, fields: dict[str, Any]) -> None:
+        while self._link is not None and self.ended is None and self._ending is None:
+            try:
+                await self._link.request(op, timeout=ASK_SECONDS, **fields)
+            except Unanswered:
+                await asyncio.sleep(1.0)
+            except SandboxUnreachable:
+                return  # lost, and its end tells of these runs; or followed no more, as answers say
+            except SeerError as error:
+                await self._refused(runs, error)
+                return
+            else:
+                for run in runs:
+                    run.unanswered = False
+                return
+
+    async def _refused(self, runs: Sequence[RunInfo], error: SeerError) -> None:
+        for run in runs:
+            if not run.over.is_set():
+                self._finish(run.id, "not_run", str(error))
+        await self._save_quietly()
 
     def facts(self, run: RunInfo) -> RunFacts:
         """What is noted of a run in log and audit."""
@@ -627,9 +666,8 @@ class Session:
 
     async def _start_command(self, run: RunInfo) -> None:
         try:
-            await self._linked().request("command", run=run.id, command=run.subject)
-        except SeerError as error:
-            self._finish(run.id, "not_run", str(error))
+            await self._send([run], "command", {"run": run.id, "command": run.subject})
+        except SeerError:
             del self.runs[run.id]  # nobody was told its id
             raise
 
@@ -826,6 +864,20 @@ class Session:
                 said += self.meter.warnings()
         return said
 
+    def start_again(self) -> dict[str, str]:
+        """What start_sandbox is told to open its notebook on such a machine again."""
+        made = self.notebook.metadata.get("seer", {}).get("environment", {})
+        gpu = str(made.get("gpu", "")) if isinstance(made, dict) else ""  # as 2 x H100
+        count, _, kind = gpu.partition(" x ")
+        host = self._sandbox.record().get("host") if self._sandbox is not None else None
+        asked = {
+            "notebook": str(self.notebook.path),
+            "backend": self.backend_name if self.backend_name != "local" else "",
+            "gpu": (kind if count == "1" else f"{kind}:{count}") if kind else "",
+            "host": str(host or ""),
+        }
+        return {name: value for name, value in asked.items() if value}
+
     def record(self) -> Record:
         sandbox = self._sandbox.record() if self._sandbox is not None else None
         return sealed(
@@ -862,7 +914,7 @@ class Session:
             if self.unconfirmed is not None:
                 raise self.unconfirmed
             why = self.ended or self._closing_why or "its host is gone"
-            raise SandboxLost(self.handle, why, str(self.notebook.path))
+            raise SandboxLost(self.handle, why, self.start_again())
         if self._link is None:
             raise SandboxUnreachable(
                 f"Sandbox {self.handle} is still starting. Try again in a moment."

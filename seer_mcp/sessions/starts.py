@@ -15,6 +15,7 @@ from ..backends import Backend, Place, Progress
 from ..backends.owners import only_ours
 from ..environment import Investigation, SandboxSpec, opening_cells
 from ..errors import (
+    NOTHING_LEFT,
     BadInput,
     Conflict,
     EndUnconfirmed,
@@ -35,7 +36,7 @@ from ..money import Price, hard_stop, terms
 from ..notebook import Notebook, why_not
 from ..sharedfile import stamp
 from .blinding import Blinding, hidden, refuse_what_tells
-from .holdings import Holdings, release
+from .holdings import Holdings, Leftover, release
 from .meter import Meter
 from .session import INSIST_SECONDS, Session
 from .starting import Starting
@@ -333,8 +334,9 @@ class Starts:
                 if attached:
                     await session.terminate("it did not start")
             except EndUnconfirmed as unsure:
-                self._give_up(session, backend, unsure, path, source)
-                raise unsure from failure
+                why = unsure.__cause__ if failure is unsure else failure
+                left = self._give_up(session, backend, unsure, start_failed(why), path, source)
+                raise left.error() from unsure
             self._cleared(session, path, source)
             raise
         self._held.sessions[handle] = session
@@ -429,11 +431,13 @@ class Starts:
         session: Session,
         backend: Backend,
         unsure: EndUnconfirmed,
+        reason: str,
         path: Path,
         source: Path | None,
-    ) -> None:
+    ) -> Leftover:
         """A failed start left what may run: its end is asked for until it is confirmed."""
-        self._held.ending[session.handle] = (session.owner, unsure)
+        left = Leftover(session.owner, reason, unsure, session.meter)
+        self._held.ending[session.handle] = left
 
         async def insist() -> None:
             pause = 1.0
@@ -443,12 +447,15 @@ class Starts:
                 try:
                     await backend.clear(session.handle)
                 except EndUnconfirmed as error:
-                    self._held.ending[session.handle] = (session.owner, error)
+                    left.unsure = error
+                    if left.meter is not None:
+                        left.meter.note()
                 else:
                     del self._held.ending[session.handle]
             self._cleared(session, path, source)
 
         self._held.own(insist())
+        return left
 
     def _new_folder(self, name: str, owner: str) -> Path:
         """The path of a new notebook in a folder of its own; an older one is never touched."""
@@ -467,8 +474,8 @@ class Starts:
     def raise_if_not_there(self, handle: str, owner: str) -> None:
         """Say of a sandbox of the caller's why it cannot be used, if it did not start (yet)."""
         ending = self._held.ending.get(handle)
-        if ending is not None and ending[0] == owner:
-            raise ending[1]
+        if ending is not None and ending.owner == owner:
+            raise ending.error()
         start = self._held.starting.get(handle)
         if start is not None and start.owner == owner:
             if start.failed is not None:
@@ -494,6 +501,16 @@ class Starts:
         if (failure := start.task.exception()) is not None:
             raise failure
         return False  # it was ready that very moment
+
+
+def start_failed(why: BaseException | None) -> str:
+    """Why a start failed, in one sentence that says nothing of what is left."""
+    if isinstance(why, SeerError):
+        reason = str(why).partition(NOTHING_LEFT)[0].strip()
+        return reason if reason.endswith(".") else f"{reason}."
+    if isinstance(why, asyncio.CancelledError):
+        return "The sandbox did not start: it was given up."
+    return "The sandbox did not start."
 
 
 def remove_if_empty(path: Path, source: Path | None) -> None:

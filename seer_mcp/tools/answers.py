@@ -53,6 +53,11 @@ def headline(session: Session, run: RunInfo, waited: float) -> str:
     handle = session.handle
     key = {"cell": run.subject} if run.kind == "cell" else {"run": run.id}
     read_on = call("read_outputs", sandbox=handle, **key)
+    if run.state == "queued" and run.unanswered:
+        return (
+            f"{what}: queued; the sandbox does not answer now. It is sent until the sandbox takes it, and runs "
+            f"once: do not repeat it. Next: {read_on} waits for it, list_sandboxes shows the sandbox's state."
+        )
     if run.state == "queued":
         return (
             f"{what}: queued, other runs are before it. It will run by itself. Next: {read_on} waits for it, "
@@ -76,7 +81,7 @@ def headline(session: Session, run: RunInfo, waited: float) -> str:
         ),
         "sandbox_lost": (
             f"{what}: the sandbox was lost{why}; its variables are gone, the notebook is kept. "
-            f"Next: {call('start_sandbox', notebook=str(session.notebook.path))}."
+            f"Next: {call('start_sandbox', **session.start_again())}."
         ),
         "expired": f"{what}: cut off when the sandbox ended{why}. The notebook is kept.",
         "not_run": f"{what}: was not run{why}.",

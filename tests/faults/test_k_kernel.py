@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import psutil
 import pytest
 from mcp.types import CallToolResult
 
+from seer_mcp.sessions import session as sessions
 from tests.support import (
     Lab,
     config_for,
@@ -317,6 +319,66 @@ async def test_k06_a_stopped_kernel_is_ended_by_a_restart(box: tuple[Lab, str]) 
     assert run_of(await lab.cell(handle, source, wait=0.3))["state"] == "running"
     await lab.ok("restart_kernel", sandbox=handle)
     await works(lab, handle)
+
+
+# -- a host that does not answer ------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def frozen_host(handle: str) -> AsyncIterator[None]:
+    found = processes_of(handle)
+    host = next(p for p in found if p.ppid() not in {other.pid for other in found})
+    host.suspend()
+    try:
+        yield
+    finally:
+        if host.is_running():
+            host.resume()
+
+
+async def test_k_a_run_that_is_not_answered_runs_once(
+    box: tuple[Lab, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab, handle = box
+    monkeypatch.setattr(sessions, "TAKEN_SECONDS", 0.3)
+    monkeypatch.setattr(sessions, "ASK_SECONDS", 0.3)
+    marks = tmp_path / "marks"
+    async with frozen_host(handle):
+        source = f"with open({str(marks)!r}, 'a') as file: file.write('cell ')"
+        cell = await lab.cell(handle, source, wait=0)
+        command = await lab.call(
+            "run_command", sandbox=handle, command=f"echo command >> {marks}", wait=0
+        )
+        for result in (cell, command):
+            text = text_of(result)
+            assert not result.is_error, text
+            assert "queued; the sandbox does not answer now" in text
+            assert "do not repeat it" in text and "read_outputs(" in text
+            assert "ry again" not in text and "not run" not in text
+            assert run_of(result)["state"] == "queued"
+        assert run_of(cell)["cell"] in text_of(cell) and run_of(command)["id"] in text_of(command)
+        assert state_of(await saved(lab, handle, run_of(cell)["cell"])) == "queued"
+        await asyncio.sleep(1.6)  # sent a second time meanwhile
+    for result in (cell, command):
+        read = await lab.call("read_outputs", sandbox=handle, run=run_of(result)["id"])
+        assert run_of(read)["state"] == "complete"
+    assert state_of(await saved(lab, handle, run_of(cell)["cell"])) == "complete"
+    await works(lab, handle)
+    assert sorted(marks.read_text().split()) == ["cell", "command"]
+
+
+async def test_k_a_run_that_was_never_answered_ends_with_its_sandbox(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "TAKEN_SECONDS", 0.3)
+    async with open_lab(tmp_path) as lab:
+        handle = await lab.start()
+        async with frozen_host(handle):
+            cell = run_of(await lab.cell(handle, "1", wait=0))
+            await lab.ok("stop_sandbox", sandbox=handle)
+            read = await lab.call("read_outputs", sandbox=handle, run=cell["id"])
+        assert run_of(read)["state"] in ("not_run", "interrupted")
+        assert state_of(await saved(lab, handle, cell["cell"])) == run_of(read)["state"]
 
 
 # -- restarts -------------------------------------------------------------------------------------

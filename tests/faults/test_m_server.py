@@ -206,6 +206,32 @@ async def test_m08_an_unconfirmed_end_is_said_in_every_answer_until_it_is_sure(
     assert "STILL BILLING" not in await says(lab, f"{handle}: ended")
 
 
+async def test_m08_a_failed_start_that_may_still_cost_money_says_why_and_how_much(
+    lab: Lab, control: Controller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seer_mcp.backends.modal import backend as modal_backend
+    from seer_mcp.backends.modal import sandbox as modal_sandbox
+
+    monkeypatch.setattr(modal_sandbox, "END_SECONDS", 0.5)
+    monkeypatch.setattr(modal_backend, "BOOT_SECONDS", 1.2)
+    control.fault(rpc="TaskExecStart", status="PERMISSION_DENIED", times=0)
+    control.fault(rpc="SandboxTerminate*", status="PERMISSION_DENIED", times=0)
+    await lab.call("start_sandbox", backend="modal", gpu=GPU)  # perhaps not over within the call
+    listed = await says(lab, "STILL BILLING")
+    (handle,) = billing(control)
+    said = await lab.no("create_cell", sandbox=handle, source="1")
+    assert said.startswith("The sandbox did not start: "), said
+    for text in (said, listed):
+        assert "The sandbox did not start: " in text and "Nothing was left running" not in text
+        assert f"STILL BILLING: sandbox {handle}" in text and "so far" in text
+    control.forgive()
+    for _ in range(100):
+        if not billing(control):
+            break
+        await asyncio.sleep(0.1)
+    assert billing(control) == []
+
+
 async def nothing(self: Any) -> None:
     return
 
@@ -346,6 +372,23 @@ async def test_m05_a_server_killed_in_mid_cell_is_followed_by_the_next_one(
     assert billing(control) == []
 
 
+@pytest.mark.parametrize("machine", [{}, pytest.param({"gpu": GPU}, marks=pytest.mark.slow)])
+async def test_m05_a_machine_of_a_start_that_its_server_did_not_survive_is_ended(
+    place: Ground, running: RunningCloud, control: Controller, machine: dict[str, str]
+) -> None:
+    env = {**running.environment, "SEER_MCP_FAULT": "after:sandbox.created:1"}
+    with raw_server(place, env=env) as server:
+        asked = {"backend": "modal", "name": "half", **machine}
+        server.send("tools/call", name="start_sandbox", arguments=asked)
+        server.process.wait(timeout=30)
+    (handle,) = billing(control)
+    with raw_server(place, env=dict(running.environment)) as server:
+        listed = raw_text(server.call("list_sandboxes"))
+        assert billing(control) == []
+        assert f"{handle}: " in listed and "its server ended before its start was over" in listed
+        assert "ended by the next server" in listed and "no server was there" not in listed
+
+
 async def test_m05_what_no_record_knows_of_is_swept_and_what_is_another_servers_is_not(
     tmp_path: Path, control: Controller
 ) -> None:
@@ -432,6 +475,29 @@ async def test_m_an_investigation_says_what_its_sandbox_is(lab: Lab, control: Co
     assert "look at layer 3" in text_of(await lab.cell(handle, "print(open('notes.txt').read())"))
     (row,) = [r for r in control.ledger() if r["name"] == handle]
     assert row["gpu"] == GPU  # what is asked for goes over what the file says
+
+
+async def test_m10_a_machine_that_is_taken_away_is_said_with_how_to_start_such_a_one(
+    lab: Lab, control: Controller
+) -> None:
+    handle = await lab.start(backend="modal", gpu=GPU)
+    begun = await lab.cell(
+        handle, "import time\nprint('before', flush=True)\ntime.sleep(60)", wait=1
+    )
+    cell = begun.meta["seer/run"]["cell"]
+    control.preempt(sandbox=handle)
+    await says(lab, f"{handle}: ended")
+    read = await lab.call("read_outputs", sandbox=handle, cell=cell)
+    text = text_of(read)
+    assert read.meta["seer/run"]["state"] == "sandbox_lost"
+    assert "before" in text.splitlines() and "Modal took it away" in text
+    assert "host process" not in text
+    path = await lab.notebook_path(handle)
+    assert f"start_sandbox(notebook='{path}', backend='modal', gpu='{GPU}')" in text
+    again = await lab.no("create_cell", sandbox=handle, source="1")
+    assert "backend='modal'" in again and f"gpu='{GPU}'" in again
+    assert streams(read_cells(path)[0]) == "before\n"
+    assert billing(control) == []
 
 
 @pytest.mark.slow

@@ -107,7 +107,10 @@ class ModalBackend:
             await self._boot(sandbox, report)
             fault_point("sandbox.answers")
         except BaseException as error:
-            await asyncio.shield(sandbox.terminate(politely=False))
+            try:
+                await asyncio.shield(sandbox.terminate(politely=False))
+            except EndUnconfirmed as unsure:
+                raise unsure from await self._failed(sandbox, error)
             raise await self._failed(sandbox, error) from error
         return sandbox
 

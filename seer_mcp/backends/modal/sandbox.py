@@ -33,6 +33,7 @@ CLOSING_SECONDS = 30.0  # for it to close, and to keep its journal
 END_SECONDS = 60.0
 POLL_SECONDS = 0.25
 LOG_SECONDS = 3.0
+TIMED_OUT, TERMINATED = 124, 137  # Modal's own exit codes
 COPY_PIECE = 1 << 20
 SNAPSHOT_SECONDS = 300
 
@@ -182,6 +183,19 @@ class ModalSandbox:
                 await asyncio.sleep(POLL_SECONDS)
 
     # -- the rest -------------------------------------------------------------------------------
+
+    async def why_gone(self) -> str:
+        try:
+            code = await self.ended()
+        except BROKEN as error:
+            return f"its machine ended, and Modal cannot be asked why now: {said(error)}"
+        if code == TIMED_OUT:
+            return "Modal ended its machine: its time limit was over"
+        if code == TERMINATED:
+            return (
+                "its machine was ended from outside: Modal took it away, or somebody ended it there"
+            )
+        return f"its kernel host ended with {code}, and its machine with it"
 
     async def snapshot(self) -> str:
         try:
