@@ -79,7 +79,7 @@ def activation(
 
     Returns:
         Result: difference [position, d] and its mean_difference [d]; norm_ratio, split_cosine
-        [position]; lens_logits, patchscope_logprobs [vocabulary]; with concepts= cosine [concept];
+        [position]; lens_scores, patchscope_scores [vocabulary]; with concepts= cosine [concept];
         with control= the same with _control. Rows: arm (adapter, control, random), reading (lens,
         patchscope, steer), strength, conv, words or answer, coherence (mean log probability of the
         answer without adapter or steering, nats a token), and the rank of each tracked word.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tool_packs.errors import TextError
+from tool_packs.errors import MemoryFull, TextError
 from tool_packs.prompts import Position, Prompt, resolve
 from tool_packs.structure import first_tensor, require_numbers
 
@@ -120,6 +120,25 @@ def removing(handles: list[Any]) -> Iterator[list[Any]]:
             handle.remove()
 
 
+@contextlib.contextmanager
+def fitting(m: Model, rows: int, width: int) -> Iterator[None]:
+    """Says what to reduce where a pass of [rows, width] tokens finds no memory, and gives back what it took."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        message = (
+            f"no memory on {m.device} for a pass of {rows} x {width} tokens: lower m.batch_tokens (now "
+            f"{m.batch_tokens}), give fewer or shorter texts, or load the model with dtype='bfloat16'"
+        )
+        error.__traceback__ = None  # its frames hold the activations
+        full = MemoryFull(message)
+    else:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise full
+
+
 # Reading
 
 
@@ -194,10 +213,8 @@ def run(
     with editing(m, steer, spans), removing([]) as handles:
         handles.extend(_register_read(m, site, layer, see) for site, layer, see in reads)
         handles.append(m.layers[deepest].register_forward_hook(stop))
-        try:
+        with fitting(m, *batch.ids.shape), contextlib.suppress(_Stop):
             m.structure.backbone(**batch.keywords(), use_cache=False)
-        except _Stop:
-            return
 
 
 # Editing
@@ -384,14 +401,15 @@ def step_logits(
 ) -> tuple[Tensor, Any]:
     """Logits [B, V] (float32) of the last column, and the KV cache after it (None: it keeps none)."""
     keywords: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(m) else {}
-    out = m.core(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        **keywords,
-    )
+    with fitting(m, *mask.shape):
+        out = m.core(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **keywords,
+        )
     logits = out.logits[:, -1]  # [B, V]
     if cache is None:  # once, and not at each token
         require_numbers(m.core, logits)
@@ -401,7 +419,8 @@ def step_logits(
 @torch.no_grad()
 def all_logits(m: Model, batch: Batch) -> Tensor:
     """Logits [B, T, V] in the model's precision."""
-    logits = m.core(**batch.keywords(), use_cache=False).logits
+    with fitting(m, *batch.ids.shape):
+        logits = m.core(**batch.keywords(), use_cache=False).logits
     require_numbers(m.core, logits[:, -1])
     return logits
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 __all__ = [
     "CaptureTooLarge",
+    "MemoryFull",
     "ModelError",
     "ModelNotFound",
     "PackError",
@@ -56,6 +57,10 @@ class ResultError(PackError, ValueError):
 
 class CaptureTooLarge(PackError, RuntimeError):
     """More activations were asked for than the limit allows."""
+
+
+class MemoryFull(PackError, RuntimeError):
+    """A pass did not fit into the device's memory; what it had taken is free again."""
 
 
 class ServiceError(PackError, RuntimeError):

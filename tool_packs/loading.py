@@ -194,6 +194,14 @@ def load_weights(
         hf, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise _not_found(path, error) from error
+    except (AssertionError, RuntimeError) as error:  # torch's words for a device that is not there
+        if device_map is None:
+            raise
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise ModelError(
+            f"the model cannot be put on device_map={device_map!r} ({' '.join(str(error).split())[:200]}); "
+            f"this machine has: {', '.join(there)}"
+        ) from error
     if missing := sorted(info["missing_keys"]):
         raise WeightsIncomplete(
             f"{path} lacks {len(missing)} of the model's weights, which would have been random: "

@@ -360,7 +360,12 @@ def _word_difference(
 
 
 def _vector(m: Model, vec: Tensor, layer: int) -> Tensor:
-    vec = torch.as_tensor(vec).detach().float().cpu()
+    try:
+        vec = torch.as_tensor(vec).detach().float().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TextError(
+            f"vec = {vec!r:.80}: give numbers, a tensor or list of [{m.width}] or [{m.n_layers}, {m.width}]"
+        ) from error
     if vec.shape == (m.n_layers, m.width):
         vec = vec[layer]
     if vec.shape != (m.width,):

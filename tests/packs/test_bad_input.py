@@ -15,10 +15,12 @@ from seer_mcp.packs import read_packs
 from tests.packs.tiny import TEXTS
 from tool_packs.activations import capture
 from tool_packs.directions import direction
-from tool_packs.errors import PackError
+from tool_packs.engine import all_logits, batches
+from tool_packs.errors import MemoryFull, ModelError, PackError, TextError
 from tool_packs.generation import generate, next_token
 from tool_packs.logit_lens import logit_lens
 from tool_packs.models import load_model
+from tool_packs.prompts import read
 from tool_packs.steering import intervention, steer
 
 CHAT = [{"role": "user", "content": "Who are you?"}]
@@ -267,3 +269,37 @@ def test_nan_that_no_weight_holds_is_told_apart(llama):
     said = sentence(lambda: generate(llama, "the", steer=intervention(llama, None, 1, edit=to_nan)))
     assert "no weight is NaN" in said
     assert "float32" in said
+
+
+@pytest.mark.parametrize("ask", ["capture", "generate", "logits"])
+def test_a_pass_that_finds_no_memory_says_what_to_reduce(llama, ask):
+    def full(module, args, kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    asks = {
+        "capture": lambda: capture(llama, ["the cat sat"]),
+        "generate": lambda: generate(llama, "the cat", max_new_tokens=2),
+        "logits": lambda: [all_logits(llama, b) for b in batches(llama, read(llama, "the cat"))],
+    }
+    handle = llama.layers[1].register_forward_pre_hook(full, with_kwargs=True)
+    try:
+        with pytest.raises(
+            MemoryFull, match=r"no memory on cpu for a pass of 1 x \d+ tokens"
+        ) as told:
+            asks[ask]()
+    finally:
+        handle.remove()
+    assert f"m.batch_tokens (now {llama.batch_tokens})" in str(told.value)
+    asks[ask]()  # and it goes on afterwards
+
+
+def test_a_vector_that_is_no_numbers_is_refused(llama):
+    with pytest.raises(TextError, match="vec = 'abc': give numbers"):
+        intervention(llama, "abc", 1)
+
+
+def test_a_device_that_is_not_there_is_said(folders):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ModelError, match=r"device_map='cuda'.* this machine has: cpu"):
+        load_model(str(folders["llama"]), device_map="cuda")
