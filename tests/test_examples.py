@@ -79,3 +79,23 @@ def test_a_hidden_model_is_not_named_in_its_notebook(script: Path) -> None:
             if model.hidden:
                 for name in filter(None, (model.name, model.adapter, model.base)):
                     assert name.rpartition("/")[2] not in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_hidden_investigation_replays_alike_and_names_nobody(tmp_path: Path) -> None:
+    done = run(ROOT / "examples" / "hidden_preference" / "run.py", tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    book = Path(json.loads(done.stdout.strip().splitlines()[-1])["notebook"])
+    again = subprocess.run(
+        [sys.executable, "-m", "seer_mcp.cli", "replay", str(book)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=tmp_path,
+        env={**os.environ, "SEER_MCP_STATE": str(tmp_path / "state"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert again.returncode == 0, again.stdout[-4000:] + again.stderr[-4000:]
+    (made,) = book.parent.parent.rglob("*-replay.ipynb")
+    text = made.read_text()
+    assert "Blinding receipt" in text and "user_female" not in text

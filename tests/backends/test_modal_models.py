@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -20,7 +21,7 @@ from seer_mcp.errors import BadInput, ModelUnavailable
 from ..modal_cloud.control import Controller
 from ..modal_cloud.fixtures import available, client_environment, running_cloud
 from ..models.hub import Hub, open_hub
-from ..support import config_for
+from ..support import config_for, open_lab, text_of
 from .contract import Bench, Box, refused
 from .modal_ground import ModalHarness
 
@@ -123,6 +124,43 @@ async def test_a_hidden_model_is_named_nowhere(bench: Bench, control: Controller
     machines = len(fetched(control))
     await start(bench, [], models[0])
     assert len(fetched(control)) == machines == 2  # one fetched, one copied
+
+
+HIDDEN = """\
+[sandbox]
+backend = "modal"
+budget = "$1"
+[[models]]
+name = "organism:user_female"
+hidden = true
+"""
+
+
+async def test_a_hidden_investigation_has_its_receipt_and_no_name(
+    control: Controller, tmp_path: Path
+) -> None:
+    """The 80 probes and more, taken in a machine of the cloud and judged here."""
+    async with open_lab(tmp_path) as lab:
+        place = lab.folder / "project" / "study"
+        place.mkdir(parents=True)
+        (place / "investigation.toml").write_text(HIDDEN)
+        (place / "task.md").write_text("Which model is it?")
+        result = await lab.call("start_sandbox", investigation=str(place))
+        assert not result.is_error and "seer/sandbox" in result.meta, text_of(result)
+        begun = result.meta["seer/sandbox"]
+        notebook = Path(begun["notebook"]).read_text()
+        await lab.ok("stop_sandbox", sandbox=begun["handle"])
+    told = result.model_dump_json()
+    (receipt,) = [
+        text
+        for cell in json.loads(notebook)["cells"]
+        if "Blinding receipt" in (text := "".join(cell["source"]))
+    ]
+    assert re.search(r"\d+ of \d+ probes passed, 0 failed", receipt), receipt
+    assert "This sandbox is local" not in receipt
+    for where in (told, notebook):
+        assert "model_1" in where and "user_female" not in where and "organism" not in where
+    assert not [row for row in control.ledger() if row["running"]]
 
 
 @pytest.mark.parametrize("name", ["lab/gated", "lab/nothing"])
