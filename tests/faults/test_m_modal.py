@@ -562,6 +562,31 @@ async def test_m14_the_bill_agrees_with_the_estimate(
     assert abs(billed - price.per_second) / billed < 0.02
 
 
+# -- what reaches the image, and the create ------------------------------------------------------
+
+
+async def test_m_a_changed_pack_or_file_builds_nothing(bench: Bench, control: Controller) -> None:
+    notes = bench.harness.folder / "notes.txt"  # type: ignore[attr-defined]
+    pack = next(iter(bench.harness.place("m-pack", "").packs.values()))
+    builds: list[int] = []
+    for number in range(2):
+        notes.write_text(f"version {number}")
+        pack.write_text(f"ANSWER = {number}\n")
+        made = await begin(bench, f"m-pack-{number}", files={"notes.txt": str(notes)})
+        await made.terminate(politely=False)
+        builds.append(control.stats()["builds"])
+    assert builds[0] == builds[1]
+
+
+async def test_m_docker_and_the_allowed_domains_reach_the_create(bench: Bench) -> None:
+    backend_of, place = bench.harness.backend, bench.harness.place("m-arguments", "")
+    assert isinstance(backend_of, ModalBackend)
+    spec = SandboxSpec(backend="modal", docker=True, network=("example.org",))
+    told = await backend_of._arguments(spec, place, 600.0, None, [], {})
+    assert told["outbound_domain_allowlist"] == ["example.org"] and not told["block_network"]
+    assert told["experimental_options"] == {"enable_docker": True}
+
+
 # -- bad days -------------------------------------------------------------------------------------
 
 

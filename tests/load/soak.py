@@ -421,11 +421,13 @@ class Soak:
             await self.replaced()
             self.began = time.monotonic()
             self.all_started.set()
-            side = [asyncio.create_task(self.inject()), asyncio.create_task(self.sample())]
+            sampler = asyncio.create_task(self.sample())
+            side = [asyncio.create_task(self.inject()), sampler]
             while not all(task.done() for task in work):
                 await self.still([*work, *side])
             self.report.runs = self.done
             await asyncio.sleep(2)
+            sampler.cancel()  # what the judgement needs is not the server's use
             self.take_sample()
             await self.judge()
             await self.end()
