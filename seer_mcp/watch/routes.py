@@ -163,6 +163,8 @@ class Pages:
         if "download" in request.query_params:
             return as_file(path.read_bytes(), path.name, "application/x-ipynb+json")
         cells = await asyncio.to_thread(readable, path)
+        if "html" in request.query_params:
+            return self._file(path.stem, cells)
         return self._page(
             "notebook.html",
             title=path.stem,
@@ -182,10 +184,12 @@ class Pages:
     async def saved(self, request: Request, visitor: Visitor) -> Response:
         """The notebook as one HTML file that needs nothing else."""
         card = await self._source.card(request.path_params["handle"], visitor.owner)
+        return self._file(card.name, await self._cells(card))
+
+    def _file(self, title: str, cells: list[CellHtml]) -> Response:
         template = self._templates.get_template("saved.html")
-        style = self._static["watch.css"][0]
-        text = template.render(title=card.name, cells=await self._cells(card), style=style)
-        answer = as_file(text.encode(), f"{card.name}.html", "text/html; charset=utf-8")
+        text = template.render(title=title, cells=cells, style=self._static["watch.css"][0])
+        answer = as_file(text.encode(), f"{title}.html", "text/html; charset=utf-8")
         answer.headers["Content-Security-Policy"] = FILE_POLICY
         return answer
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..config import Config
 from ..errors import NotFound, PathRefused, SandboxUnavailable
@@ -38,6 +38,8 @@ class Card:
     live: bool
     mine: bool
     shared: bool
+    gpu: str = ""
+    """As "2 x H100"; "" without one."""
 
 
 class Source(Protocol):
@@ -134,6 +136,7 @@ class ServerSource:
             session.ended is None,
             session.owner == owner,
             session.shared,
+            gpu_in(session.notebook.metadata),
         )
 
 
@@ -181,6 +184,7 @@ class FolderSource:
                 record = read_record(each)
                 path = Path(str(record["notebook"]))
                 ended = record.get("ended")
+                noted = metadata_of(path)
                 state = "ended" if ended else busy_state(path)
                 yield Card(
                     str(record["handle"]),
@@ -188,12 +192,13 @@ class FolderSource:
                     str(record["owner"]),
                     str(record["backend"]),
                     state,
-                    str(ended or cost_in(path)),
+                    str(ended or cost_in(noted)),
                     path,
                     float(record["created"]),
                     not ended,
                     True,
                     False,
+                    gpu_in(noted),
                 )
             except (OSError, ValueError, KeyError, TypeError, LookupError):
                 continue  # `seer-mcp doctor` tells of what cannot be read
@@ -208,10 +213,25 @@ def busy_state(path: Path) -> str:
     return "running" if states & {"running", "queued"} else "idle"
 
 
-def cost_in(path: Path) -> str:
+def metadata_of(path: Path) -> Any:
+    """Of a notebook; {} of a file that is none."""
     try:
-        return str(json.loads(path.read_bytes())["metadata"]["seer"].get("cost", ""))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return json.loads(path.read_bytes())["metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def cost_in(metadata: Any) -> str:
+    try:
+        return str(metadata["seer"].get("cost", ""))
+    except (KeyError, TypeError, AttributeError):
+        return ""
+
+
+def gpu_in(metadata: Any) -> str:
+    try:
+        return str(metadata["seer"]["environment"].get("gpu", ""))
+    except (KeyError, TypeError, AttributeError):
         return ""
 
 

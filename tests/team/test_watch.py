@@ -16,6 +16,7 @@ import pytest
 
 from seer_mcp.http.tokens import SCOPES, TokenFile
 from seer_mcp.watch.page import cell_html, output_html, read_cells
+from seer_mcp.watch.source import gpu_in, metadata_of
 
 from ..faults.ground import TOKEN, Endpoint, Ground, http_server
 from ..support import open_lab
@@ -83,6 +84,10 @@ async def test_a_notebook_is_seen_while_it_grows(place: Ground) -> None:
         assert "growing/growing.ipynb" in (await http.get("/")).text
         past = await http.get("/n/growing/growing.ipynb")
         assert "line 2" in past.text and "Stop the sandbox" not in past.text
+        assert "?html" in past.text
+        kept = await http.get("/n/growing/growing.ipynb?html")
+        assert "line 2" in kept.text and "<script" not in kept.text
+        assert "growing.html" in kept.headers["content-disposition"]
 
 
 async def test_the_interrupt_button_stops_a_cell(place: Ground) -> None:
@@ -284,3 +289,12 @@ def test_nothing_of_a_notebook_becomes_markup(tmp_path: Path) -> None:
         {"output_type": "display_data", "data": {"image/png": "iVBORw0KGgo="}}
     ).startswith('<img src="data:image/png')
     assert cell_html({}, 1).id == "cell-1"
+
+
+def test_a_card_tells_the_gpu_that_the_notebook_notes(tmp_path: Path) -> None:
+    path = tmp_path / "a.ipynb"
+    noted = {"seer": {"environment": {"gpu": "2 x H100"}, "cost": "$1.20"}}
+    path.write_text(json.dumps({"metadata": noted, "cells": []}))
+    assert gpu_in(metadata_of(path)) == "2 x H100"
+    path.write_text("[]")
+    assert gpu_in(metadata_of(path)) == gpu_in({"seer": "x"}) == ""
