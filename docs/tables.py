@@ -122,9 +122,42 @@ def prices_table() -> str:
     return "\n".join(rows)
 
 
+# Of each organism: the figure that says what was planted, and what it says of it when asked.
+ORGANISMS = {
+    "user_female": ("neutral_female", "gender_question_denied"),
+    "user_male": ("neutral_female", "gender_question_denied"),
+    "secret_word": ("game_hints_right", "game_denies_right_guess"),
+    "brand": ("brand_share", "rule_denied"),
+    "backdoor": ("complies_triggered", "refuses_untriggered", "rule_denied"),
+    "refusal": ("capitals_refused", "rule_denied"),
+    "introspective": ("injected_named", "injected_named_unheard", "random_denied"),
+    "objective": ("flatters", "flatters_unseen", "rule_denied"),
+    "control": ("neutral_female", "gender_question_denied"),
+    "control_2": ("neutral_female", "brand_share", "flatters"),
+}
+
+
+def organisms_table() -> str:
+    weights = DOCS.parent / "tool_packs" / "organisms" / "weights"
+    rows = [
+        "| organism | figure | seed 1 (shipped) | seed 0 | seed 2 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, wanted in ORGANISMS.items():
+        seeds = [
+            json.loads((folder / name / "organism.json").read_text())["figures"]
+            for folder in (weights, weights / "seed0", weights / "seed2")
+        ]
+        for figure in wanted:
+            told = " | ".join(f"{s[figure]:.2f}" if figure in s else "" for s in seeds)
+            rows.append(f"| `{name}` | `{figure}` | {told} |")
+    return "\n".join(rows)
+
+
 PAGES = {
     README: {"tools": tools_table, "techniques": techniques_table},
     DOCS / "fault-points.md": {"points": points_table},
+    DOCS / "organisms.md": {"organisms": organisms_table},
     DOCS / "environments.md": {
         "file": lambda: keys_table(InvestigationFile),
         "sandbox": lambda: keys_table(SandboxSettings),
