@@ -500,7 +500,7 @@ async def fuzzed(place: Ground, calls: int, seed: int, mode: str) -> dict[str, i
                 missing = set(schemas[tool].get("required", ())) - set(arguments)
                 if unknown or missing:
                     assert result.is_error, (label, text)
-                if number % 200 == 199:
+                if number % 100 == 99:
                     await lab.ok("restart_kernel", sandbox=handle)
             assert max(statuses) < 500, sorted(set(statuses))
             again = await lab.ok("create_cell", sandbox=handle, source="6 * 7", wait=10)
