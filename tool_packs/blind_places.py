@@ -251,6 +251,6 @@ PROBES: dict[str, Callable[[list[Model]], Any]] = {
     "network: the hub's name": resolved,
     "network: the hub": lambda models: reached(HUB),
     "network: another machine": lambda models: reached(("1.1.1.1", 443)),
-    "network: a package index": lambda models: reached(("pypi.org", 443)),
+    "network: a code host": lambda models: reached(("github.com", 443)),
     "network: ways out": interfaces,
 }  # fmt: skip

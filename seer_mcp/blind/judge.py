@@ -14,7 +14,7 @@ MUST: dict[str, str] = {
     "network: the hub's name": "blocked",
     "network: the hub": "blocked",
     "network: another machine": "blocked",
-    "network: a package index": "blocked",
+    "network: a code host": "blocked",
     "network: ways out": "[]",
     "environment: tokens": "[]",
     "environment: a token of the hub": "none",

@@ -277,7 +277,7 @@ WISHES: list[dict[str, Any]] = [
     {"python_packages": ("numpy",)},
     {"system_packages": ("git",)},
     {"snapshot": "im-1"},
-    {"network": ("pypi.org",)},
+    {"network": ("github.com",)},
     {"cpu": 250.0},
     {"gpu": "H100"},
 ]

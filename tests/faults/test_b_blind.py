@@ -88,7 +88,7 @@ print("token", get_token(), [k for k in os.environ if "TOKEN" in k and k != "TOK
 """,
     "B08": """
 import socket, urllib.request
-for host in ("huggingface.co", "pypi.org", "1.1.1.1"):
+for host in ("huggingface.co", "github.com", "1.1.1.1"):
     try:
         print("reached", socket.create_connection((host, 443), timeout=3))
     except OSError as error:
