@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.packs.tiny import TEXTS, make_folder, make_tokenizer
+from tests.packs.tiny import ARCHITECTURES, TEXTS, make_folder, make_tokenizer
 from tool_packs.activations import capture
 from tool_packs.errors import (
     ModelError,
@@ -262,14 +262,18 @@ def test_organisms_are_loaded_by_name():
     assert m.lens_exact
 
 
-def test_nnsight_reads_what_capture_reads(models):
-    m = models["llama-lora"]
-    net = m.nnsight
-    with net.trace(TEXTS[1]):
-        h = net.base_model.model.model.layers[1].output.save()
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nnsight_reads_what_capture_reads(models, name, adapted):
+    m = models[f"{name}-lora" if adapted else name]
+    layers = m.nnsight.base_model.model if adapted else m.nnsight
+    for part in m.structure.layers_path.split("."):
+        layers = getattr(layers, part)
+    with m.nnsight.trace(TEXTS[1]):
+        h = layers[1].output.save()
     want = capture(m, TEXTS[1], 1, "all")["resid_post"][0, 0]
     got = h if isinstance(h, torch.Tensor) else h[0]
-    assert (got.reshape(want.shape) - want).abs().max() <= 1e-5
+    assert torch.equal(got.reshape(want.shape), want)
 
 
 def test_a_folder_made_twice_is_the_same_model(tmp_path):
