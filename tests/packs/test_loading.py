@@ -17,8 +17,9 @@ from tool_packs.errors import (
     TextError,
     WeightsIncomplete,
 )
-from tool_packs.generation import next_token
+from tool_packs.generation import generate, next_token
 from tool_packs.models import Model, load_model
+from tool_packs.patching import patch
 from tool_packs.structure import find_structure
 
 
@@ -260,6 +261,31 @@ def test_organisms_are_loaded_by_name():
     assert m.name == "organism:secret_word"
     assert m.adapters == ["secret_word"]
     assert m.lens_exact
+
+
+ON_DISK = {"model.layers.2": "disk", "model.layers.3": "disk"}
+PLACED = ("embed_tokens", "rotary_emb", "norm", "layers.0", "layers.1")
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [{"": "cpu"}, ON_DISK | {f"model.{part}": "cpu" for part in PLACED} | {"lm_head": "cpu"}],
+    ids=["cpu", "cpu and disk"],
+)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_a_model_split_over_devices_gives_the_same_numbers(folders, models, name, device_map):
+    plain, split = models[name], load_model(str(folders[name]), device_map=device_map)
+    away = {path for path, w in split.hf.named_parameters() if w.is_meta}
+    assert bool(away) == ("disk" in device_map.values())
+    assert split.fingerprint() == plain.fingerprint()
+    assert split.lens_exact
+    one, two = (capture(m, TEXTS, "all", "all")["resid_post"] for m in (plain, split))
+    assert torch.equal(one.nan_to_num(), two.nan_to_num())
+    pair = ("the cat sat on the mat", "the dog sat on the mat")
+    one, two = (patch(m, *pair, answers=("he", "she"), n_control=0) for m in (plain, split))
+    assert torch.equal(one["metric"], two["metric"])
+    one, two = (generate(m, TEXTS, max_new_tokens=4, raw=True)["tokens"] for m in (plain, split))
+    assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("adapted", [False, True])
