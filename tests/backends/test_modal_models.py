@@ -130,6 +130,9 @@ HIDDEN = """\
 [sandbox]
 backend = "modal"
 budget = "$1"
+[sandbox.env]  # the loopback cloud shows this machine's home, where other kernels keep their history
+IPYTHONDIR = "/tmp/own-history"
+
 [[models]]
 name = "organism:user_female"
 hidden = true

@@ -60,6 +60,11 @@ async def play(lab: Lab, handle: str, *steps: Step, wait: float = 10.0) -> tuple
     """Run a script: the cell's id, its state as the file has it, and what stands on its stdout."""
     result = await lab.cell(handle, script(*steps), wait=wait)
     run = result.meta["seer/run"]
+    for _ in range(50):  # a busy machine may not have begun it
+        if run["state"] != "queued":
+            break
+        result = await lab.call("read_outputs", sandbox=handle, run=run["id"], wait=0.4)
+        run = result.meta["seer/run"]
     cell = await saved(lab, handle, run["cell"])
     assert cell["metadata"]["seer"]["state"] == run["state"]
     return run["cell"], run["state"], streams(cell)
