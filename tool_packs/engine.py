@@ -22,6 +22,7 @@ __all__ = ["Batch", "Intervention"]
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head")
 SHORT = {"resid": "resid_post", "attn": "attn_out", "mlp": "mlp_out", "heads": "head"}
 FOREVER = 2**31 - 1  # a position no text reaches
+FEW, SOON = 4, 2.0  # no progress bar over fewer batches, and none before so many seconds
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -98,6 +99,16 @@ def batches(m: Model, prompts: Sequence[Prompt], *, rows: int | None = None) -> 
         bucket.append(i)
     if bucket:
         yield make_batch(m, prompts, bucket)
+
+
+def shown_batches(
+    m: Model, prompts: Sequence[Prompt], what: str, *, rows: int | None = None
+) -> Iterator[Batch]:
+    """The same as `batches`, with a progress bar where it takes long."""
+    from tqdm.auto import tqdm
+
+    found = list(batches(m, prompts, rows=rows))
+    return iter(tqdm(found, desc=what, leave=False, delay=SOON, disable=len(found) < FEW))
 
 
 def make_batch(m: Model, prompts: Sequence[Prompt], index: list[int]) -> Batch:

@@ -299,13 +299,21 @@ class Model:
             for path, parameter in self.hf.named_parameters():
                 if any(f".{a}." in path + "." for a in self.adapters if a != key):
                     continue
-                flat = parameter.detach().reshape(-1)
-                picks = torch.linspace(0, max(flat.numel() - 1, 0), 16).long().to(flat.device)
-                sample = flat[picks].float().cpu() if flat.numel() else flat.float().cpu()
+                away = parameter.is_meta
+                sample = self._sample_offloaded(path) if away else _sample(parameter)
                 digest.update(f"{path}{tuple(parameter.shape)}".encode())
                 digest.update(sample.numpy().tobytes())
             self._fingerprints[key] = digest.hexdigest()[:16]
         return self._fingerprints[key]
+
+    def _sample_offloaded(self, path: str) -> Tensor:
+        """Values of a weight that device_map has put on disk or in memory until its layer runs."""
+        from accelerate.utils import align_module_device
+
+        owner, _, name = path.rpartition(".")
+        module = self.hf.get_submodule(owner)
+        with align_module_device(module):
+            return _sample(module.get_parameter(name))
 
     @property
     def nnsight(self) -> Any:
@@ -345,6 +353,13 @@ class Model:
 
     def __repr__(self) -> str:
         return self.describe()
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Up to 16 values of a weight, float32 on the CPU."""
+    flat = weight.detach().reshape(-1)
+    picks = torch.linspace(0, max(flat.numel() - 1, 0), 16).long().to(flat.device)
+    return flat[picks].float().cpu() if flat.numel() else flat.float().cpu()
 
 
 def load_model(

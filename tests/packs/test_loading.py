@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.packs.tiny import TEXTS, make_folder, make_tokenizer
+from tests.packs.tiny import ARCHITECTURES, TEXTS, make_folder, make_tokenizer
 from tool_packs.activations import capture
 from tool_packs.errors import (
     ModelError,
@@ -17,8 +17,9 @@ from tool_packs.errors import (
     TextError,
     WeightsIncomplete,
 )
-from tool_packs.generation import next_token
+from tool_packs.generation import generate, next_token
 from tool_packs.models import Model, load_model
+from tool_packs.patching import patch
 from tool_packs.structure import find_structure
 
 
@@ -262,14 +263,43 @@ def test_organisms_are_loaded_by_name():
     assert m.lens_exact
 
 
-def test_nnsight_reads_what_capture_reads(models):
-    m = models["llama-lora"]
-    net = m.nnsight
-    with net.trace(TEXTS[1]):
-        h = net.base_model.model.model.layers[1].output.save()
+ON_DISK = {"model.layers.2": "disk", "model.layers.3": "disk"}
+PLACED = ("embed_tokens", "rotary_emb", "norm", "layers.0", "layers.1")
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [{"": "cpu"}, ON_DISK | {f"model.{part}": "cpu" for part in PLACED} | {"lm_head": "cpu"}],
+    ids=["cpu", "cpu and disk"],
+)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_a_model_split_over_devices_gives_the_same_numbers(folders, models, name, device_map):
+    plain, split = models[name], load_model(str(folders[name]), device_map=device_map)
+    away = {path for path, w in split.hf.named_parameters() if w.is_meta}
+    assert bool(away) == ("disk" in device_map.values())
+    assert split.fingerprint() == plain.fingerprint()
+    assert split.lens_exact
+    one, two = (capture(m, TEXTS, "all", "all")["resid_post"] for m in (plain, split))
+    assert torch.equal(one.nan_to_num(), two.nan_to_num())
+    pair = ("the cat sat on the mat", "the dog sat on the mat")
+    one, two = (patch(m, *pair, answers=("he", "she"), n_control=0) for m in (plain, split))
+    assert torch.equal(one["metric"], two["metric"])
+    one, two = (generate(m, TEXTS, max_new_tokens=4, raw=True)["tokens"] for m in (plain, split))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nnsight_reads_what_capture_reads(models, name, adapted):
+    m = models[f"{name}-lora" if adapted else name]
+    layers = m.nnsight.base_model.model if adapted else m.nnsight
+    for part in m.structure.layers_path.split("."):
+        layers = getattr(layers, part)
+    with m.nnsight.trace(TEXTS[1]):
+        h = layers[1].output.save()
     want = capture(m, TEXTS[1], 1, "all")["resid_post"][0, 0]
     got = h if isinstance(h, torch.Tensor) else h[0]
-    assert (got.reshape(want.shape) - want).abs().max() <= 1e-5
+    assert torch.equal(got.reshape(want.shape), want)
 
 
 def test_a_folder_made_twice_is_the_same_model(tmp_path):
