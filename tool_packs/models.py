@@ -30,8 +30,10 @@ from tool_packs.loading import (
 from tool_packs.structure import (
     apply_norm,
     describe_parts,
+    device_of,
     find_structure,
     first_tensor,
+    held,
     lens_is_exact,
     text_config,
     unembed,
@@ -99,7 +101,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the token ids go in."""
-        return weight_of(self.structure.embedding).device
+        return device_of(self.structure.embedding)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,7 +208,8 @@ class Model:
 
     def embed(self, ids: Tensor) -> Tensor:
         """What these tokens put into the residual stream [..., d], scaled; positions not added."""
-        rows = weight_of(self.structure.embedding)[ids.to(self.device)]
+        with held(self.structure.embedding):
+            rows = weight_of(self.structure.embedding)[ids.to(self.device)]
         return rows * self.embed_scale
 
     # Adapters
@@ -299,21 +302,14 @@ class Model:
             for path, parameter in self.hf.named_parameters():
                 if any(f".{a}." in path + "." for a in self.adapters if a != key):
                     continue
-                away = parameter.is_meta
-                sample = self._sample_offloaded(path) if away else _sample(parameter)
+                owner, _, name = path.rpartition(".")
+                module = self.hf.get_submodule(owner)
+                with held(module):
+                    sample = _sample(module.get_parameter(name))
                 digest.update(f"{path}{tuple(parameter.shape)}".encode())
                 digest.update(sample.numpy().tobytes())
             self._fingerprints[key] = digest.hexdigest()[:16]
         return self._fingerprints[key]
-
-    def _sample_offloaded(self, path: str) -> Tensor:
-        """Values of a weight that device_map has put on disk or in memory until its layer runs."""
-        from accelerate.utils import align_module_device
-
-        owner, _, name = path.rpartition(".")
-        module = self.hf.get_submodule(owner)
-        with align_module_device(module):
-            return _sample(module.get_parameter(name))
 
     @property
     def nnsight(self) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tool_packs.engine import removing
 from tool_packs.errors import ModelError, TextError
-from tool_packs.structure import first_tensor, require_numbers, weight_of
+from tool_packs.structure import device_of, first_tensor, require_numbers, weight_of
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
@@ -230,7 +230,7 @@ def _gain(norm: nn.Module, width: int) -> Tensor | None:
     if weight is None:
         return None
     x = torch.randn(width, generator=torch.Generator().manual_seed(0)).sign()  # rms 1
-    x = x.to(weight.device, weight.dtype)
+    x = x.to(device_of(norm), weight.dtype)
     y = torch.ones_like(x)
     y[: width // 2] *= -3
     y = y / y.float().square().mean().sqrt().to(y.dtype)
