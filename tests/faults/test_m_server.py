@@ -282,8 +282,10 @@ async def test_m14_what_one_person_may_cost_refuses_that_persons_next(
         meter.began -= 0.99 / meter.price.per_second
         meter.note()
         said = await anna.no("start_sandbox", backend="modal", gpu=GPU)
-        assert "used up" in said and "$1.00" in said
-        assert "BUDGET: 99%" in await anna.ok("list_sandboxes")
+        assert "the budget of your own sandboxes is used up" in said and "$1.00" in said
+        assert "--owner-budget" in said and "all sandboxes" not in said
+        listed = await anna.ok("list_sandboxes")
+        assert "BUDGET: 99%" in listed and "the owner's sandboxes" in listed
         second = await ben.start(backend="modal", gpu=GPU)
         assert "BUDGET" not in await ben.ok("list_sandboxes")
         assert sorted(billing(control)) == sorted([handle, second])
