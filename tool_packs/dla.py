@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tool_packs.attention import attended
-from tool_packs.engine import batches, per_row, run, spans_of
+from tool_packs.engine import batches, fitting, per_row, run, spans_of
 from tool_packs.errors import ModelError, TextError
 from tool_packs.logit_lens import refuse_inexact
 from tool_packs.patching import Answers, _token, answers_of
@@ -344,9 +344,9 @@ def _unembedding_rows(m: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
     dtype = m.dtype
     device = device_of(m.structure.unembedding)
     x = torch.zeros(len(ids), m.width, device=device, dtype=dtype, requires_grad=True)
-    with torch.enable_grad():
+    with fitting(m, len(ids), 1), torch.enable_grad():
         out = m.structure.unembedding(x).gather(1, ids[:, None].to(device))[:, 0]
-    (rows,) = torch.autograd.grad(out.sum(), x)  # it is linear: the gradient is the row
+        (rows,) = torch.autograd.grad(out.sum(), x)  # it is linear: the gradient is the row
     scale = m.structure.logit_scale
     return rows.float().cpu() * scale, out.detach().float().cpu() * scale
 

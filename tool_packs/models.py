@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tool_packs.engine import fitting
 from tool_packs.errors import ModelError, TextError
 from tool_packs.loading import (
     ORGANISM,
@@ -141,7 +142,7 @@ class Model:
         mask = torch.cat([torch.zeros_like(hidden), torch.ones_like(text)], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         run = self.structure.backbone
-        with torch.no_grad():
+        with torch.no_grad(), fitting(self, *ids.shape):
             padded = first_tensor(
                 run(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
             )[:, 6:].float()
@@ -200,11 +201,13 @@ class Model:
 
     def norm(self, h: Tensor) -> Tensor:
         """The final norm on states [..., d]."""
-        return apply_norm(self.structure, h)
+        with fitting(self, h[..., 0].numel(), 1):
+            return apply_norm(self.structure, h)
 
     def unembed(self, h: Tensor) -> Tensor:
         """Logits [..., V] of states [..., d] that have been through `norm`: scaled and capped."""
-        return unembed(self.structure, h)
+        with fitting(self, h[..., 0].numel(), 1):
+            return unembed(self.structure, h)
 
     def embed(self, ids: Tensor) -> Tensor:
         """What these tokens put into the residual stream [..., d], scaled; positions not added."""
@@ -288,7 +291,8 @@ class Model:
             self.hf.set_adapter(before)
         self.core = self.hf.get_base_model()
         # PEFT has put wrappers around modules: find the parts anew.
-        self.structure = find_structure(self.core, layers=self._layers, norm=self._norm)
+        with fitting(self, 1, 4):
+            self.structure = find_structure(self.core, layers=self._layers, norm=self._norm)
         self._nnsight = None
         return name
 

@@ -553,7 +553,8 @@ def readers(m: Model) -> list[dict[str, Reader]]:
             handles.append(_register_read(m, "attn_out", i, _keep(added, i)))
             for child in block.children():
                 handles.append(child.register_forward_pre_hook(look(i), with_kwargs=True))
-        backbone(**_keywords(m, [range(count)], 0, count), use_cache=False)
+        with fitting(m, 1, count):
+            backbone(**_keywords(m, [range(count)], 0, count), use_cache=False)
     found = []
     for i, calls in enumerate(seen):
         middle = pre[i] + added[i]
