@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
@@ -44,27 +43,6 @@ def test_the_first_block_of_the_readme_holds_the_two_commands() -> None:
     assert block is not None
     commands = [line.split("#")[0].strip() for line in block[1].splitlines()]
     assert commands == ["pip install uv", "uv run seer-mcp demo", "uv run pytest"]
-
-
-def test_every_command_line_of_ours_in_the_docs_can_be_parsed() -> None:
-    lines = [
-        shlex.split(line.split(" > ")[0].removesuffix(" &"), comments=True)
-        for page in [README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
-        for block in re.findall(r"```console\n(.*?)```", page, re.S)
-        for line in block.splitlines()
-    ]
-    starts = ["uv", "run", "seer-mcp"]
-    ours = [words[3:] for words in lines if words[:3] == starts]
-    assert len(ours) >= 3
-    for words in ours:
-        arguments = words if words and not words[0].startswith("-") else ["stdio", *words]
-        parser().parse_args(arguments)
-
-
-def test_scripts_that_the_docs_name_exist() -> None:
-    named = set(re.findall(r"uv run python (\S+\.py)", README))
-    assert named >= {"examples/first_investigation.py", "benchmarks/run_cell.py"}
-    assert [name for name in named if not (ROOT / name).is_file()] == []
 
 
 def test_links_between_our_pages_lead_somewhere() -> None:

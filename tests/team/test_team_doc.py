@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime
 import ipaddress
 import os
@@ -11,7 +10,6 @@ import re
 import signal
 import ssl
 import subprocess
-import sys
 from pathlib import Path
 
 import httpx2
@@ -22,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from ..faults.ground import Ground
 from ..load.serving import free_port
-from .conftest import TOOLS
+from ..typing_in import TOOLS, shell, type_in
 
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).parent.parent.parent
@@ -31,23 +29,6 @@ BLOCKS = [block.splitlines() for block in re.findall(r"```console\n(.*?)```", PA
 LINES = [line for block in BLOCKS for line in block]
 SERVERS = [line for line in LINES if " serve " in line and not line.endswith("&")]
 WATCH = "uv run seer-mcp watch --no-browser"
-
-
-def shell(place: Ground, **more: str) -> dict[str, str]:
-    """The environment of somebody who types what the page says, with `uv run` for this checkout."""
-    tools = f"{TOOLS / 'node/bin'}:{TOOLS / 'npm/node_modules/.bin'}"
-    return {
-        **os.environ,
-        "HOME": str(place.folder),
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "PWD": str(place.folder),
-        "UV_PROJECT": str(ROOT),
-        "UV_NO_SYNC": "1",
-        "VIRTUAL_ENV": sys.prefix,
-        "XDG_RUNTIME_DIR": str(place.sockets),
-        "CLAUDE_PROJECT_DIR": str(place.project),
-        **more,
-    }
 
 
 def test_every_line_of_the_page_is_in_one_of_these_tests() -> None:
@@ -61,26 +42,10 @@ def typed(place: Ground, more: list[str]) -> str:
     lines = BLOCKS[0]
     if not (TOOLS / "npm/node_modules/.bin/claude").exists():  # .ci/clients installs it
         lines = [line for line in lines if not line.startswith("claude ")]
-    script = "\n".join(["set -e -o pipefail", *lines, *more, *BLOCKS[1], "wait"])
+    script = "\n".join([*lines, *more, *BLOCKS[1], "wait"])
     script = script.replace("8757/", f"{port}/").replace("--users", f"--users --port {port}", 1)
     script = script.replace("examples/", f"{ROOT}/examples/")
-    process = subprocess.Popen(
-        ["bash", "-c", script],
-        cwd=place.folder,
-        env=shell(place),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=150)
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # all of it has ended, as it should
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, said[-3000:]
-    assert place.processes() == []
-    return said
+    return type_in(place, script)
 
 
 @pytest.mark.timeout(180)
