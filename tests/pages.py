@@ -6,7 +6,11 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 ROOT = Path(__file__).parent.parent
 PATTERNS = ("*.md", "docs/*.md", "docs/deploy/*.md", ".github/*.md", "examples/*/*.md")
@@ -89,3 +93,31 @@ def program(words: list[str]) -> list[str]:
     if words[0] == "uvx":
         return [re.sub(r"[\[=@].*", "", words[1]), *words[2:]]
     return [Path(words[0]).name, *words[1:]]
+
+
+@dataclass(frozen=True)
+class Marked:
+    """What other pages may point at, and what this one points at."""
+
+    anchors: frozenset[str]
+    links: tuple[str, ...]
+
+
+def marked(page: Path) -> Marked:
+    """Links and images, and the anchor of each heading as GitHub and MyST (`myst_heading_anchors = 3`) make it."""
+    anchors: list[str] = []
+    links: list[str] = []
+    tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text())
+    for i, token in enumerate(tokens):
+        if token.type == "heading_open" and token.tag in {"h1", "h2", "h3"}:
+            anchors.append(slug(tokens[i + 1], anchors))
+        shown = (part for part in token.children or [] if part.type in {"link_open", "image"})
+        links.extend(str(part.attrGet("href") or part.attrGet("src") or "") for part in shown)
+    return Marked(frozenset(anchors), tuple(links))
+
+
+def slug(heading: Token, taken: list[str]) -> str:
+    title = "".join(part.content for part in heading.children or [])
+    plain = re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+    again = (f"{plain}-{n}" for n in count(1))
+    return plain if plain not in taken else next(each for each in again if each not in taken)
