@@ -35,7 +35,7 @@ def shell(place: Ground, **more: str) -> dict[str, str]:
 def type_in(place: Ground, script: str, **more: str) -> str:
     """What is printed, stderr too, when every line of `script` has succeeded and nothing runs on."""
     process = subprocess.Popen(
-        ["bash", "-c", f"set -e -o pipefail\n{script}"],
+        ["bash", "-c", f"set -e -o pipefail; trap 'jobs -p | xargs -r kill' EXIT\n{script}"],
         cwd=place.folder,
         env=shell(place, **more),
         stdin=subprocess.DEVNULL,  # a server over stdio ends with it

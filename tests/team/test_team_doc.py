@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from ..faults.ground import Ground
 from ..load.serving import free_port
+from ..pages import blocks
 from ..typing_in import TOOLS, shell, type_in
 
 pytestmark = pytest.mark.anyio
@@ -36,34 +37,55 @@ def test_every_line_of_the_page_is_in_one_of_these_tests() -> None:
     assert len(SERVERS) == 4 and len(LINES) >= 15
 
 
-def typed(place: Ground, more: list[str]) -> str:
-    """What is said when the first block is typed, then `more`, then the end of the trial."""
+README = next(
+    block.text
+    for block in blocks(ROOT / "README.md")
+    if "serve --users" in block.text and block.language == "console"
+).splitlines()
+# What the browser does: sign in with the token, see the list, open the notebook.
+LOOK = """\
+curl --silent --fail --output /dev/null --cookie-jar jar --header "Origin: http://127.0.0.1:8757" \
+    --data-urlencode "token=$(cat anna.token)" http://127.0.0.1:8757/enter
+curl --silent --fail --cookie jar http://127.0.0.1:8757/ | tee overview.html
+page=$(grep -o 'href="/s/[^"]*"' overview.html | head -n 1 | cut -d '"' -f 2)
+curl --silent --fail --cookie jar "http://127.0.0.1:8757$page"
+"""
+
+
+def typed(place: Ground, lines: list[str]) -> str:
+    """What is said when `lines` are typed, then the end of the trial."""
     port = free_port()
-    lines = BLOCKS[0]
     if not (TOOLS / "npm/node_modules/.bin/claude").exists():  # .ci/clients installs it
         lines = [line for line in lines if not line.startswith("claude ")]
-    script = "\n".join([*lines, *more, *BLOCKS[1], "wait"])
-    script = script.replace("8757/", f"{port}/").replace("--users", f"--users --port {port}", 1)
+    script = "\n".join([*lines, *BLOCKS[1], "wait"])
+    script = script.replace(":8757", f":{port}").replace("--users", f"--users --port {port}", 1)
     script = script.replace("examples/", f"{ROOT}/examples/")
     return type_in(place, script)
 
 
 @pytest.mark.timeout(180)
-def test_the_path_from_nothing(place: Ground) -> None:
-    said = typed(place, [])
+@pytest.mark.parametrize(
+    "page", ["docs/team.md", pytest.param("README.md", marks=pytest.mark.slow)]
+)
+def test_the_path_from_nothing(place: Ground, page: str) -> None:
+    lines = [line for line in README if " watch" not in line] if page == "README.md" else BLOCKS[0]
+    said = typed(place, [*lines, LOOK])
     assert "the answer is 42" in said
     assert re.search(r"signed in with the token: http://127.0.0.1:\d+/\n", said)
-    if (TOOLS / "npm/node_modules/.bin/claude").exists():
+    if page != "README.md" and (TOOLS / "npm/node_modules/.bin/claude").exists():
         assert re.search(r"seer: .*Connected", said), said[-3000:]
-    (notebook,) = (place.folder / "team-notebooks" / "anna").glob("hello/*.ipynb")
-    assert "6 * 7" in notebook.read_text()
+    (path,) = place.folder.rglob("anna/hello/*.ipynb")
+    assert "6 * 7" in path.read_text()
+    listed, shown = (place.folder / "overview.html").read_text(), said.split("<!doctype html>")[-1]
+    assert ">hello<" in listed
+    assert "the answer is 42" in shown and "6 * 7" in re.sub(r"<[^>]*>", "", shown)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_what_comes_after_the_path(place: Ground) -> None:
     rest = [line for block in BLOCKS[2:] for line in block]
-    said = typed(place, [line for line in rest if line not in (*SERVERS, WATCH)])
+    said = typed(place, [*BLOCKS[0], *(line for line in rest if line not in (*SERVERS, WATCH))])
     assert "seer_call_seconds_count{" in said  # /metrics
     assert re.search(r"\w{8} of watcher is revoked", said)
     names = subprocess.run(
