@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from seer_mcp.cli import parser
 
-ROOT = Path(__file__).parent.parent
+from .pages import PAGES, ROOT, marked, name_of
+
 README = (ROOT / "README.md").read_text()
 sys.path.insert(0, str(ROOT / "docs"))
 
@@ -46,32 +47,52 @@ def test_the_first_block_of_the_readme_holds_the_two_commands() -> None:
     assert commands == ["pip install uv", "uv run seer-mcp demo", "uv run pytest"]
 
 
-def test_every_command_line_of_ours_in_the_docs_can_be_parsed() -> None:
-    lines = [
-        shlex.split(line.split(" > ")[0].removesuffix(" &"), comments=True)
-        for page in [README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))]
-        for block in re.findall(r"```console\n(.*?)```", page, re.S)
-        for line in block.splitlines()
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    dead = [link for link in marked(page).links if not leads_somewhere(page, link)]
+    assert dead == []
+
+
+def leads_somewhere(page: Path, link: str) -> bool:
+    """A file and an anchor that are there; of another site only that the address can be one."""
+    parts = urlsplit(unquote(link))
+    if parts.scheme:
+        plain = not re.search(r"[\s<>\"]", link)
+        return plain and parts.scheme == "https" and "." in parts.netloc
+    target = (page.parent / parts.path).resolve() if parts.path else page
+    there = target.exists() and target.is_relative_to(ROOT)
+    return there and (not parts.fragment or parts.fragment in marked(target).anchors)
+
+
+@pytest.mark.parametrize(
+    "dead",
+    [
+        "gone.md",
+        "docs/team.md#gone",
+        "#gone",
+        "../../outside",
+        "https://nowhere",
+        "https://a b.org",
+    ],
+)
+def test_a_link_that_leads_nowhere_is_seen(dead: str) -> None:
+    assert leads_somewhere(ROOT / "README.md", "docs/team.md#where-kernels-run")
+    assert not leads_somewhere(ROOT / "README.md", dead)
+
+
+def test_pages_that_the_code_names_are_there() -> None:
+    files = [
+        path
+        for top in ("seer_mcp", "tool_packs", "examples")
+        for path in (ROOT / top).rglob("*.py")
     ]
-    starts = ["uv", "run", "seer-mcp"]
-    ours = [words[3:] for words in lines if words[:3] == starts]
-    assert len(ours) >= 3
-    for words in ours:
-        arguments = words if words and not words[0].startswith("-") else ["stdio", *words]
-        parser().parse_args(arguments)
-
-
-def test_scripts_that_the_docs_name_exist() -> None:
-    named = set(re.findall(r"uv run python (\S+\.py)", README))
-    assert named >= {"examples/first_investigation.py", "benchmarks/run_cell.py"}
-    assert [name for name in named if not (ROOT / name).is_file()] == []
-
-
-def test_links_between_our_pages_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} -> {target}"
+    named = {
+        found
+        for path in files
+        for found in re.findall(r"docs/[\w/-]+\.md(?:#[\w-]+)?", path.read_text())
+    }
+    assert len(named) >= 5
+    assert [name for name in sorted(named) if not leads_somewhere(ROOT / "README.md", name)] == []
 
 
 def test_the_json_for_a_desktop_client_is_json() -> None:

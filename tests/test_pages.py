@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
 import re
 import tomllib
@@ -10,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from seer_mcp import errors
+from seer_mcp.cli import parser
+from tests.pages import INLINE, PAGES, name_of, prose
 from tests.support import open_lab, text_of
 
 ROOT = Path(__file__).parent.parent
@@ -54,6 +58,74 @@ def test_every_kind_of_error_has_its_row() -> None:
     told = set(re.findall(r"\b[A-Z]\w+(?=[,)])", (DOCS / "errors.md").read_text()))
     assert ours <= told
     assert {name for name in told if hasattr(errors, name)} == ours
+
+
+CAPITALS = re.compile(r"\b[A-Z]+\b|…|'X'")
+
+
+def said_by_the_code() -> list[str]:
+    """Every text of the code; what is filled in is `⋯`."""
+    said: list[str] = []
+    for file in (ROOT / "seer_mcp").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "⋯" for p in node.values)
+                said.append("".join(str(part) for part in parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    return [*said, str(errors.NotFound("sandbox", "X", ["a"]))]
+
+
+def as_pattern(sentence: str) -> re.Pattern[str]:
+    """Words in capitals, and what is left out, may be anything."""
+    fixed = [re.escape(part) for part in CAPITALS.split(sentence)]
+    return re.compile(".{0,80}?".join(fixed))
+
+
+SENTENCES = [
+    sentence
+    for row in re.findall(r"^\| (.*?) \|", (DOCS / "errors.md").read_text(), re.M)
+    for sentence in re.findall(r"`([^`]+)`", row)
+]
+SAID = said_by_the_code()
+
+
+@pytest.mark.parametrize("sentence", SENTENCES)
+def test_what_the_page_quotes_is_said_by_the_code(sentence: str) -> None:
+    assert any(map(as_pattern(sentence).search, SAID))
+
+
+def test_what_nobody_says_is_seen() -> None:
+    assert len(SENTENCES) > 20
+    for gone in ("The kernel has died", "Sandbox H is lost (WHY)", "FILE is not usable: …"):
+        assert not any(map(as_pattern(gone).search, SAID)), gone
+
+
+OF_INSPECT = {"--max-samples"}
+
+
+def test_flags_in_sentences_are_flags_of_ours() -> None:
+    scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tool_packs/organisms/*.py")]
+    known = flags_of(parser()) | OF_INSPECT
+    known = known.union(*(re.findall(r'"(--[a-z][\w-]*)"', p.read_text()) for p in scripts))
+    unknown = {
+        (name_of(page), flag)
+        for page in PAGES
+        for text in INLINE.findall(prose(page))
+        if text.startswith("--")
+        for flag in re.findall(r"--[a-z][\w-]*", text)
+        if flag not in known
+    }
+    assert unknown == set()
+
+
+def flags_of(command: argparse.ArgumentParser) -> set[str]:
+    found: set[str] = set()
+    for action in command._actions:
+        found |= set(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*map(flags_of, action.choices.values()))
+    return found
 
 
 def test_every_page_stands_in_the_index() -> None:

@@ -12,10 +12,9 @@ import pytest
 
 from ..faults.conftest import place
 from ..load.serving import free_port
+from ..typing_in import TOOLS
 
 __all__ = ["place"]
-
-TOOLS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seer-mcp-ci"
 
 
 class Provider:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import datetime
 import ipaddress
 import os
@@ -11,7 +10,6 @@ import re
 import signal
 import ssl
 import subprocess
-import sys
 from pathlib import Path
 
 import httpx2
@@ -22,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from ..faults.ground import Ground
 from ..load.serving import free_port
-from .conftest import TOOLS
+from ..pages import blocks
+from ..typing_in import TOOLS, shell, type_in
 
 pytestmark = pytest.mark.anyio
 ROOT = Path(__file__).parent.parent.parent
@@ -33,72 +32,60 @@ SERVERS = [line for line in LINES if " serve " in line and not line.endswith("&"
 WATCH = "uv run seer-mcp watch --no-browser"
 
 
-def shell(place: Ground, **more: str) -> dict[str, str]:
-    """The environment of somebody who types what the page says, with `uv run` for this checkout."""
-    tools = f"{TOOLS / 'node/bin'}:{TOOLS / 'npm/node_modules/.bin'}"
-    return {
-        **os.environ,
-        "HOME": str(place.folder),
-        "PATH": f"{tools}:{os.environ['PATH']}",
-        "PWD": str(place.folder),
-        "UV_PROJECT": str(ROOT),
-        "UV_NO_SYNC": "1",
-        "VIRTUAL_ENV": sys.prefix,
-        "XDG_RUNTIME_DIR": str(place.sockets),
-        "CLAUDE_PROJECT_DIR": str(place.project),
-        **more,
-    }
-
-
 def test_every_line_of_the_page_is_in_one_of_these_tests() -> None:
     assert WATCH in LINES  # tests/team/test_watch.py runs it
     assert len(SERVERS) == 4 and len(LINES) >= 15
 
 
-def typed(place: Ground, more: list[str]) -> str:
-    """What is said when the first block is typed, then `more`, then the end of the trial."""
+README = next(
+    block.text
+    for block in blocks(ROOT / "README.md")
+    if "serve --users" in block.text and block.language == "console"
+).splitlines()
+# What the browser does: sign in with the token, see the list, open the notebook.
+LOOK = """\
+curl --silent --fail --output /dev/null --cookie-jar jar --header "Origin: http://127.0.0.1:8757" \
+    --data-urlencode "token=$(cat anna.token)" http://127.0.0.1:8757/enter
+curl --silent --fail --cookie jar http://127.0.0.1:8757/ | tee overview.html
+page=$(grep -o 'href="/s/[^"]*"' overview.html | head -n 1 | cut -d '"' -f 2)
+curl --silent --fail --cookie jar "http://127.0.0.1:8757$page"
+"""
+
+
+def typed(place: Ground, lines: list[str]) -> str:
+    """What is said when `lines` are typed, then the end of the trial."""
     port = free_port()
-    lines = BLOCKS[0]
     if not (TOOLS / "npm/node_modules/.bin/claude").exists():  # .ci/clients installs it
         lines = [line for line in lines if not line.startswith("claude ")]
-    script = "\n".join(["set -e -o pipefail", *lines, *more, *BLOCKS[1], "wait"])
-    script = script.replace("8757/", f"{port}/").replace("--users", f"--users --port {port}", 1)
+    script = "\n".join([*lines, *BLOCKS[1], "wait"])
+    script = script.replace(":8757", f":{port}").replace("--users", f"--users --port {port}", 1)
     script = script.replace("examples/", f"{ROOT}/examples/")
-    process = subprocess.Popen(
-        ["bash", "-c", script],
-        cwd=place.folder,
-        env=shell(place),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=150)
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # all of it has ended, as it should
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, said[-3000:]
-    assert place.processes() == []
-    return said
+    return type_in(place, script)
 
 
 @pytest.mark.timeout(180)
-def test_the_path_from_nothing(place: Ground) -> None:
-    said = typed(place, [])
+@pytest.mark.parametrize(
+    "page", ["docs/team.md", pytest.param("README.md", marks=pytest.mark.slow)]
+)
+def test_the_path_from_nothing(place: Ground, page: str) -> None:
+    lines = [line for line in README if " watch" not in line] if page == "README.md" else BLOCKS[0]
+    said = typed(place, [*lines, LOOK])
     assert "the answer is 42" in said
     assert re.search(r"signed in with the token: http://127.0.0.1:\d+/\n", said)
-    if (TOOLS / "npm/node_modules/.bin/claude").exists():
+    if page != "README.md" and (TOOLS / "npm/node_modules/.bin/claude").exists():
         assert re.search(r"seer: .*Connected", said), said[-3000:]
-    (notebook,) = (place.folder / "team-notebooks" / "anna").glob("hello/*.ipynb")
-    assert "6 * 7" in notebook.read_text()
+    (path,) = place.folder.rglob("anna/hello/*.ipynb")
+    assert "6 * 7" in path.read_text()
+    listed, shown = (place.folder / "overview.html").read_text(), said.split("<!doctype html>")[-1]
+    assert ">hello<" in listed
+    assert "the answer is 42" in shown and "6 * 7" in re.sub(r"<[^>]*>", "", shown)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_what_comes_after_the_path(place: Ground) -> None:
     rest = [line for block in BLOCKS[2:] for line in block]
-    said = typed(place, [line for line in rest if line not in (*SERVERS, WATCH)])
+    said = typed(place, [*BLOCKS[0], *(line for line in rest if line not in (*SERVERS, WATCH))])
     assert "seer_call_seconds_count{" in said  # /metrics
     assert re.search(r"\w{8} of watcher is revoked", said)
     names = subprocess.run(
