@@ -100,6 +100,7 @@ class ModalHarness:
 
     def host(self, sandbox: Sandbox) -> psutil.Process:
         """The kernel host's process, as this machine sees it."""
+        psutil.process_iter.cache_clear()  # it may know a number by a process that had it before
         ours = self.processes(sandbox.record()["id"])
         (host,) = [
             process

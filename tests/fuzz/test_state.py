@@ -99,7 +99,7 @@ async def fuzz(folder: Path, count: int) -> Counter[str]:
         pids = {h: {p.pid for p in processes_of(h)} for h in (good, victim)}
         assert all(len(found) == 2 for found in pids.values())
         copy = folder / "copy"
-        shutil.copytree(state, copy)
+        shutil.copytree(state, copy, symlinks=True)  # the packs are links, to files of the checkout
         for name, random in cases("state", count):
             what = damage(random, state, victim)
             try:
@@ -138,7 +138,11 @@ def check_token(state: Path) -> str:
 
 def restore(copy: Path, state: Path) -> None:
     for path in [*copy.rglob("*")]:
-        if path.is_file() and path.name not in ("journal.jsonl", "kernel.log", "host.log"):
+        if (
+            path.is_file()
+            and not path.is_symlink()
+            and path.name not in ("journal.jsonl", "kernel.log", "host.log")
+        ):
             place = state / path.relative_to(copy)
             same = place.is_file() and not place.is_symlink() and place.stat().st_mode == 33152
             if not (same and place.read_bytes() == path.read_bytes()):
