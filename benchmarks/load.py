@@ -259,7 +259,7 @@ def main() -> int:
     said.add_argument("--real", type=int, default=0, help="clients on real kernels (at most 60)")
     said.add_argument("--seconds", type=float, default=60.0)
     said.add_argument("--think", type=float, default=5.0, help="seconds between two calls")
-    said.add_argument("--out", type=Path, default=Path("load.json"))
+    said.add_argument("--out", type=Path, default=Path("benchmarks/load.json"))
     said.add_argument("--page", type=Path, help="replace the table in this page of the docs")
     flags = said.parse_args()
     load = psutil.getloadavg()[0]

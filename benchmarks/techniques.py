@@ -1,7 +1,7 @@
 """How fast the packs are beside the usual ways of doing the same, in one process, on one thread.
 
 uv run python -m benchmarks.techniques [--rounds 5] [--device cuda] [--transformer-lens PEER/bin/python]
-    [--out techniques.json] [--page docs/performance.md]
+    [--out benchmarks/techniques.json] [--page docs/performance.md]
 
 On a CPU the model has 8 layers and 9.7 M parameters, with --device cuda 1.2 B in bfloat16; weights are random.
 Each way is checked to give the same numbers before it is timed; the ways take turns. TransformerLens needs an
@@ -423,7 +423,7 @@ def main() -> None:
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     flags.add_argument("--transformer-lens", metavar="PYTHON", default="")
-    flags.add_argument("--out", type=Path, default=Path("techniques.json"))
+    flags.add_argument("--out", type=Path, default=Path("benchmarks/techniques.json"))
     flags.add_argument("--page", type=Path)
     given = flags.parse_args()
     on_gpu = given.device == "cuda"

@@ -81,12 +81,16 @@ class Conflict(SeerError):
 
 
 class BudgetSpent(SeerError):
-    """The budget of `whose` does not last for another sandbox; `used` says what of it is used."""
+    """The budget of `whose` does not last for another sandbox; `used` says what of it is used.
 
-    def __init__(self, whose: str, used: str, limit: str) -> None:
+    `flag` is the option that sets it, to `limit`; `period`: "day", "month", or "" if it never begins anew.
+    """
+
+    def __init__(self, whose: str, used: str, flag: str, limit: str, period: str) -> None:
+        wait = f"wait for the next {period} (UTC), " if period else ""
         super().__init__(
-            f"No sandbox that costs money is started: the budget of {whose} is used up ({used}). End one that runs "
-            f"with stop_sandbox, wait for the next period, or let the operator raise it (--budget, now {show(limit)})."
+            f"No sandbox that costs money is started: the budget of {whose} is used up ({used}). End what runs and is "
+            f"not needed (stop_sandbox), {wait}or ask the operator to raise it ({flag}, now {show(limit)})."
         )
 
 

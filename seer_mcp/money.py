@@ -249,11 +249,12 @@ class Budget:
 
 
 Period = Literal["day", "month", "ever"]
+ALL, OWNERS, YOURS = "all sandboxes", "the owner's sandboxes", "your own sandboxes"
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """A budget for all sandboxes of a state folder together, by day or month of UTC, or for ever."""
+    """A budget for all sandboxes of a state folder or of an owner together, by day or month of UTC, or for ever."""
 
     budget: Budget
     period: Period
@@ -268,18 +269,21 @@ class Allowance:
     def __str__(self) -> str:
         return str(self.budget) + ("" if self.period == "ever" else f" a {self.period}")
 
-    @property
-    def of(self) -> str:
-        """Whose budget it is, for sentences."""
-        return f"all sandboxes{'' if self.period == 'ever' else f' of this {self.period} (UTC)'}"
+    def of(self, whose: str) -> str:
+        """What it is a budget of, for sentences."""
+        return f"{whose}{'' if self.period == 'ever' else f' of this {self.period} (UTC)'}"
 
-    def verdict(self, spent: Spent) -> Verdict:
-        return self.budget.verdict(spent, self.of)
+    def verdict(self, spent: Spent, owned: bool = False) -> Verdict:
+        """`owned`: it is the budget of one owner, not of all sandboxes."""
+        return self.budget.verdict(spent, self.of(OWNERS if owned else ALL))
 
-    def admit(self, price: Price, spent: Spent, burning: Price | None = None) -> float | None:
+    def admit(
+        self, price: Price, spent: Spent, burning: Price | None = None, owned: bool = False
+    ) -> float | None:
         """Seconds that a new sandbox may live beside what runs, or None. Raises BudgetSpent.
 
-        `burning`: what runs now, as one price; the budget is used up together.
+        `burning`: what runs now, as one price; the budget is used up together. `owned`: it is the
+        budget of one owner, not of all sandboxes.
         """
         together = Price(
             {"new": price.per_second, "running": burning.per_second if burning else 0.0},
@@ -288,7 +292,13 @@ class Allowance:
         )
         seconds = self.budget.seconds(together, spent)
         if seconds is not None and seconds < SHORTEST_SECONDS:
-            raise BudgetSpent(self.of, self.budget.used(spent), str(self))
+            raise BudgetSpent(
+                self.of(YOURS if owned else ALL),
+                self.budget.used(spent),
+                "--owner-budget" if owned else "--budget",
+                str(self),
+                "" if self.period == "ever" else self.period,
+            )
         return seconds
 
 

@@ -173,7 +173,8 @@ class SpendBook:
         """
         burning = self.burning(now, owner)
         allowed = [
-            a.admit(price, self.spent(a.began(now), now, owner), burning) for a in allowances
+            a.admit(price, self.spent(a.began(now), now, owner), burning, owner is not None)
+            for a in allowances
         ]
         return min((s for s in allowed if s is not None), default=None)
 
@@ -181,7 +182,8 @@ class SpendBook:
         self, allowances: Sequence[Allowance], now: float, owner: str | None = None
     ) -> list[Verdict]:
         """What must be said of the allowances (of one owner): those of which much or all is used."""
-        told = (a.verdict(self.spent(a.began(now), now, owner)) for a in allowances)
+        owned = owner is not None
+        told = (a.verdict(self.spent(a.began(now), now, owner), owned) for a in allowances)
         return [verdict for verdict in told if verdict.level != "fine"]
 
     def damage(self) -> str:

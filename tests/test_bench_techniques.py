@@ -19,7 +19,7 @@ from tool_packs.bench.cases import ORGANISMS, case_of
 from tool_packs.bench.method import Method
 from tool_packs.bench.methods import METHODS
 from tool_packs.bench.run import choose, run
-from tool_packs.bench.subject import Subject
+from tool_packs.bench.subject import Subject, weights_of
 from tool_packs.errors import TextError
 
 ROOT = Path(__file__).parent.parent
@@ -243,3 +243,11 @@ def test_without_the_local_extra_the_command_says_what_to_install() -> None:
 def test_there_are_at_least_twelve_methods_of_as_many_packs() -> None:
     assert len(METHODS) >= 12
     assert len({method.technique.split(".")[0] for method in METHODS.values()}) >= 12
+
+
+def test_a_prompt_that_patch_refuses_scores_nought_and_the_others_what_they_score() -> None:
+    case = case_of("brand", 0)
+    control = Subject(weights_of(case), case, case.control, "dev")
+    scores = METHODS["cross-model patching"].score(control, 1)
+    assert len(scores) == len(control.asks)
+    assert 0 in scores and scores.count_nonzero() >= 3

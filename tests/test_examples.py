@@ -13,6 +13,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "examples").glob("*/run.py"))
+ORDINARY = ("hidden_preference", "scoped_sandbox_intro")
+"""The others take minutes: CI runs them by the mark `slow`, after the ordinary set."""
+EACH = [
+    pytest.param(each, marks=() if each.parent.name in ORDINARY else pytest.mark.slow)
+    for each in SCRIPTS
+]
 
 
 def run(script: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,7 +33,7 @@ def run(script: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
+@pytest.mark.parametrize("script", EACH, ids=lambda script: script.parent.name)
 def test_an_investigation_finds_what_it_is_about(script: Path, tmp_path: Path) -> None:
     done = run(script, tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -221,6 +221,26 @@ def test_an_allowance_admits_what_it_can_pay_for() -> None:
         allowance.admit(H100, Spent(9.99))
 
 
+@pytest.mark.parametrize("owner", [None, "anna"])
+@pytest.mark.parametrize("limit", ["$10 a day", "$10"])
+def test_a_spent_budget_says_whose_it_is_and_what_to_do(
+    book: SpendBook, owner: str | None, limit: str
+) -> None:
+    book.note("a", H100, NOW - 3 * HOUR, NOW, owner="anna", closed=True)
+    with pytest.raises(BudgetSpent) as caught:
+        book.admit([parse_allowance(limit)], H100, NOW, owner)
+    said = str(caught.value)
+    of_day = " of this day (UTC)" if "day" in limit else ""
+    whose = "your own sandboxes" if owner else "all sandboxes"
+    assert f"the budget of {whose}{of_day} is used up ($10.80 of $10.00)" in said
+    assert ("wait for the next day (UTC)" in said) == ("day" in limit)
+    flag = "--owner-budget" if owner else "--budget"
+    assert f"({flag}, now '{limit.replace('10', '10.00')}')" in said
+    (verdict,) = book.verdicts([parse_allowance(limit)], NOW, owner)
+    of = "the owner's sandboxes" if owner else "all sandboxes"
+    assert verdict.says == f"the budget of {of}{of_day} is used up ($10.80 of $10.00)"
+
+
 @pytest.mark.parametrize(
     ("seconds", "said"),
     [(90, "90 s"), (2700, "45 min"), (5400, "1 h 30 min"), (7199, "2 h"), (172800, "2 days")],

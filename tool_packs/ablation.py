@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tool_packs.activations import Layers, collect
-from tool_packs.engine import Batch, all_logits, batches, removing
+from tool_packs.engine import Batch, all_logits, batches, fitting, removing
 from tool_packs.errors import TextError
 from tool_packs.generation import complete, decode, last_logits
 from tool_packs.orthogonal import Directions, basis, orthogonalised
@@ -406,7 +406,9 @@ def _logits_at(m: Model, batch: Batch, rows: list[int], columns: list[int]) -> T
     """Logits [n, V] of these cells, and of these alone where the unembedding is known to be so."""
     if not m.lens_exact:
         return all_logits(m, batch)[rows, columns]
-    h = m.structure.backbone(**batch.keywords(), use_cache=False).last_hidden_state  # [B, T, d]
+    with fitting(m, *batch.ids.shape):
+        out = m.structure.backbone(**batch.keywords(), use_cache=False)
+    h = out.last_hidden_state  # [B, T, d]
     return m.unembed(h[rows, columns])
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tool_packs.engine import Steer, batches, per_row, run, site_name, spans_of
+from tool_packs.engine import Steer, per_row, run, shown_batches, site_name, spans_of
 from tool_packs.errors import CaptureTooLarge, TextError
 from tool_packs.prompts import Position, Prompt, Text, read, resolve, token_strings
 from tool_packs.result import Result, provenance, to_cpu
@@ -167,7 +167,7 @@ def collect(
     }
     changes = per_row(steer, len(prompts))
     spans = spans_of(prompts, changes)
-    for batch in batches(m, prompts):
+    for batch in shown_batches(m, prompts, "activations"):
         rows = [b for b, i in enumerate(batch.index) for _ in where[i]]
         cols = [batch.pad[b] + p for b, i in enumerate(batch.index) for p in where[i]]
         to_prompt = torch.tensor([i for i in batch.index for _ in where[i]])

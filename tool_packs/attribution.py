@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tool_packs.engine import site_name
+from tool_packs.engine import fitting, site_name
 from tool_packs.errors import TextError
 from tool_packs.patching import (
     Answers,
@@ -197,7 +197,8 @@ def _gradients(run: Run, reads: Sequence[tuple[str, int]], points: int) -> list[
             if not value.requires_grad:
                 raise TextError("the metric has no gradient: use torch operations on the logits")
             at = [seen[key] for key in reads]
-            grads = torch.autograd.grad(value, at, allow_unused=True)
+            with fitting(m, len(x), len(run.corrupt.ids)):
+                grads = torch.autograd.grad(value, at, allow_unused=True)
         full = [torch.zeros_like(h) if g is None else g for g, h in zip(grads, at, strict=True)]
         # Plain hooks run the whole prompt, and a recording begins behind what is shared.
         part_sums = [g.float().sum(0)[-len(low) :] for g in full]

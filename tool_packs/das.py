@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from tool_packs.activations import collect
-from tool_packs.engine import Batch, _keeps_logits, batches, make_batch, removing, site_name
+from tool_packs.engine import (
+    Batch,
+    _keeps_logits,
+    batches,
+    fitting,
+    make_batch,
+    removing,
+    site_name,
+)
 from tool_packs.errors import TextError
 from tool_packs.generation import last_logits
 from tool_packs.prompts import Position, Prompt, Text, read, resolve, word_ids
@@ -303,7 +311,7 @@ def _logits(m: Model, pairs: Pairs, rows: Batch, basis: Tensor | None) -> Tensor
         return h
 
     keywords: dict[str, Any] = {"logits_to_keep": 1} if _keeps_logits(m) else {}
-    with removing([]) as handles:
+    with fitting(m, *rows.ids.shape), removing([]) as handles:
         handles.append(_register_edit(m, pairs.site, pairs.layer, exchange))
         return m.core(**rows.keywords(), use_cache=False, **keywords).logits[:, -1].float()
 
@@ -344,7 +352,8 @@ def _fit(
             logits = _logits(m, pairs, some, _orthonormal(matrix))[:, choices.to(m.device)]
             loss = torch.nn.functional.cross_entropy(logits, wanted[drawn].to(m.device))
             # Not backward(): the model's own weights gather no gradient.
-            (matrix.grad,) = torch.autograd.grad(loss, matrix)
+            with fitting(m, *some.ids.shape):
+                (matrix.grad,) = torch.autograd.grad(loss, matrix)
         optimizer.step()
         losses.append(loss.detach())
         bar.update()

@@ -26,7 +26,7 @@ from tool_packs.prompts import (
 )
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
 from tool_packs.steering import mean_logprob
-from tool_packs.structure import require_numbers
+from tool_packs.structure import held, require_numbers
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
@@ -694,9 +694,11 @@ def _whole_changes(m: Model, tuned: Model) -> list[Change]:
                 f"{None if other is None else tuple(other.shape)} in the other model: "
                 "the two must have one shape"
             )
-        change = (other.detach().float() - weight.detach().float()).cpu()
-        require_numbers(m.core, weight)
-        require_numbers(tuned.core, other)
+        with held(module), held(theirs[path]):
+            mine, other = module.weight.detach(), theirs[path].weight.detach()
+            change = other.float().cpu() - mine.float().cpu()
+            require_numbers(m.core, mine)
+            require_numbers(tuned.core, other)
         if not change.any():
             continue
         if type(module).__name__ == "Conv1D":  # GPT-2 keeps its matrices the other way round
@@ -714,10 +716,11 @@ def _read_changes(
     """Rows, singular values by module, and all vectors [X, d] on the side of the stream."""
     rows, spectra, vectors = [], [], []
     for path, u, s, v, module in found:
-        weight = module.weight
         side, basis = _side(m, path, u, v)
-        base_norm = weight.detach().float().norm().item() if weight.is_floating_point() else 0.0
-        require_numbers(m.core, weight)
+        with held(module):
+            weight = module.weight.detach()
+            base_norm = weight.float().norm().item() if weight.is_floating_point() else 0.0
+            require_numbers(m.core, weight)
         norm = s.norm().item()
         row: dict[str, Any] = {
             "module": path.removeprefix(m.structure.layers_path + "."),

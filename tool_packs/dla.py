@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tool_packs.attention import attended
-from tool_packs.engine import batches, per_row, run, spans_of
+from tool_packs.engine import batches, fitting, per_row, run, spans_of
 from tool_packs.errors import ModelError, TextError
 from tool_packs.logit_lens import refuse_inexact
 from tool_packs.patching import Answers, _token, answers_of
 from tool_packs.prompts import Position, Prompt, Text, read, resolve, token_strings
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
+from tool_packs.structure import copied, device_of
 
 if TYPE_CHECKING:
     from tool_packs.engine import Steer
@@ -319,7 +319,7 @@ class LinearNorm:
 @torch.no_grad()
 def linear_norm(norm: nn.Module, h: Tensor, name: str) -> LinearNorm:
     """What this norm does at states h [N, d], found by trying it on vectors and then checked."""
-    norm = copy.deepcopy(norm).cpu().float()
+    norm = copied(norm)
     d = h.shape[-1]
     bias = norm(torch.zeros(1, d))[0]
     probe = torch.full((1, d), 1e3)
@@ -342,11 +342,11 @@ def linear_norm(norm: nn.Module, h: Tensor, name: str) -> LinearNorm:
 def _unembedding_rows(m: Model, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [K, d] and biases [K] of the unembedding for these tokens, adapters included."""
     dtype = m.dtype
-    device = next(m.structure.unembedding.parameters()).device
+    device = device_of(m.structure.unembedding)
     x = torch.zeros(len(ids), m.width, device=device, dtype=dtype, requires_grad=True)
-    with torch.enable_grad():
+    with fitting(m, len(ids), 1), torch.enable_grad():
         out = m.structure.unembedding(x).gather(1, ids[:, None].to(device))[:, 0]
-    (rows,) = torch.autograd.grad(out.sum(), x)  # it is linear: the gradient is the row
+        (rows,) = torch.autograd.grad(out.sum(), x)  # it is linear: the gradient is the row
     scale = m.structure.logit_scale
     return rows.float().cpu() * scale, out.detach().float().cpu() * scale
 
@@ -416,7 +416,7 @@ def _heads(
 
 def _mix(module: nn.Module, z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What each head's output z [N, H, head_dim] becomes alone [N, H, d], and the bias [d]."""
-    device = next(module.parameters()).device
+    device = device_of(module)
     alone = torch.diag_embed(z.transpose(1, 2)).permute(0, 2, 3, 1)  # [N, H, H, head_dim]
     alone = alone.flatten(2).to(device, dtype)  # [N, H, H * head_dim], zero but for one head
     constant = module(torch.zeros_like(alone[:1, :1]))[0, 0]  # [d]

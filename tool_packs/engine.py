@@ -21,7 +21,9 @@ __all__ = ["Batch", "Intervention"]
 
 SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head")
 SHORT = {"resid": "resid_post", "attn": "attn_out", "mlp": "mlp_out", "heads": "head"}
+CPU_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no error class for it
 FOREVER = 2**31 - 1  # a position no text reaches
+FEW, SOON = 4, 2.0  # no progress bar over fewer batches, and none before so many seconds
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -100,6 +102,16 @@ def batches(m: Model, prompts: Sequence[Prompt], *, rows: int | None = None) -> 
         yield make_batch(m, prompts, bucket)
 
 
+def shown_batches(
+    m: Model, prompts: Sequence[Prompt], what: str, *, rows: int | None = None
+) -> Iterator[Batch]:
+    """The same as `batches`, with a progress bar where it takes long."""
+    from tqdm.auto import tqdm
+
+    found = list(batches(m, prompts, rows=rows))
+    return iter(tqdm(found, desc=what, leave=False, delay=SOON, disable=len(found) < FEW))
+
+
 def make_batch(m: Model, prompts: Sequence[Prompt], index: list[int]) -> Batch:
     """One left-padded batch of the prompts named by `index`."""
     width = max(len(prompts[i]) for i in index)
@@ -121,22 +133,34 @@ def removing(handles: list[Any]) -> Iterator[list[Any]]:
 
 
 @contextlib.contextmanager
-def fitting(m: Model, rows: int, width: int) -> Iterator[None]:
-    """Says what to reduce where a pass of [rows, width] tokens finds no memory, and gives back what it took."""
+def sparing(device: torch.device, what: str, reduce: str) -> Iterator[None]:
+    """Says what to reduce where `what` finds no memory on the device, and gives back what it took.
+
+    Raises:
+        MemoryFull: in place of torch's own words.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        message = (
-            f"no memory on {m.device} for a pass of {rows} x {width} tokens: lower m.batch_tokens (now "
-            f"{m.batch_tokens}), give fewer or shorter texts, or load the model with dtype='bfloat16'"
-        )
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and CPU_FULL not in str(error):
+            raise
         error.__traceback__ = None  # its frames hold the activations
-        full = MemoryFull(message)
+        full = MemoryFull(f"no memory on {device} for {what}: {reduce}")
     else:
         return
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     raise full
+
+
+def fitting(m: Model, rows: int, width: int) -> contextlib.AbstractContextManager[None]:
+    """`sparing` of a pass of [rows, width] tokens, and of its gradients where there are any."""
+    return sparing(
+        m.device,
+        f"a pass of {rows} x {width} tokens",
+        f"lower m.batch_tokens (now {m.batch_tokens}), give fewer or shorter texts, or load the "
+        "model with dtype='bfloat16'",
+    )
 
 
 # Reading

@@ -8,6 +8,7 @@ PackError
 ├── TextError (also a ValueError)         a text, chat, position, layer or site that does not fit
 ├── ResultError (also a ValueError)       a result that cannot be read, drawn or saved
 ├── CaptureTooLarge (also a RuntimeError) more activations asked for than the limit allows
+├── MemoryFull (also a RuntimeError)      a pass, or a step of a training, that finds no memory
 └── ServiceError (also a RuntimeError)    a service on the network that did not give what was asked
 """
 
@@ -60,7 +61,7 @@ class CaptureTooLarge(PackError, RuntimeError):
 
 
 class MemoryFull(PackError, RuntimeError):
-    """A pass did not fit into the device's memory; what it had taken is free again."""
+    """A pass or a step of a training found no memory on its device; what it had taken is free again."""
 
 
 class ServiceError(PackError, RuntimeError):

@@ -17,6 +17,7 @@ from tool_packs.engine import (
     batches,
     editing,
     per_row,
+    shown_batches,
     span_of,
     spans_of,
     step_logits,
@@ -312,7 +313,7 @@ def complete(
 ) -> list[list[Completion]]:
     """The n completions of each prompt. `generate` and `steer` decode through this."""
     done: list[list[Completion]] = [[] for _ in prompts]
-    for batch in batches(m, prompts, rows=max(1, ROWS // n)):
+    for batch in shown_batches(m, prompts, "generate", rows=max(1, ROWS // n)):
         mine = [prompts[i] for i in batch.index]
         changes = [steer[i] for i in batch.index] if steer else []
         uniform = _uniform(seed, batch.index, n, max_new_tokens) if temperature > 0 else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tool_packs.activations import Layers
-from tool_packs.engine import Steer, _Stop, removing
+from tool_packs.engine import Steer, _Stop, removing, sparing
 from tool_packs.errors import ModelError, TextError
 from tool_packs.logit_lens import lens_grid
 from tool_packs.prompts import Position, Text, read
@@ -101,7 +101,10 @@ def fit_jacobian_lens(
     halves = [torch.zeros(len(index), m.width, m.width) for _ in range(2)]
     with frozen(m):
         for i, ids in enumerate(progress(usable)):
-            halves[i % 2] += _jacobian(m, ids, index, skip, min(rows, m.width))
+            copies = min(rows, m.width)
+            what = f"{copies} copies of a text of {len(ids)} tokens and their gradients"
+            with sparing(m.device, what, f"lower rows (now {rows}) or max_tokens"):
+                halves[i % 2] += _jacobian(m, ids, index, skip, copies)
     mean = (halves[0] + halves[1]) / len(usable)  # [L, d, d]
     agreement = torch.cosine_similarity(halves[0].flatten(1), halves[1].flatten(1), dim=-1)
     if len(usable) == 1:

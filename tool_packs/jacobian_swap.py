@@ -16,7 +16,7 @@ from tool_packs.jacobian_lens import is_all, matrices_of, matrix_at, progress
 from tool_packs.logit_lens import divergence, origin
 from tool_packs.prompts import Prompt, Text, read, token_strings, word_ids
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
-from tool_packs.structure import weight_of
+from tool_packs.structure import held, weight_of
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
@@ -285,7 +285,8 @@ def _exchange(
     start: int | str,
     stop: int | str | None,
 ) -> Intervention:
-    rows = weight_of(m.structure.unembedding)[list(pair)].detach().float().cpu()  # [2, d]
+    with held(m.structure.unembedding):
+        rows = weight_of(m.structure.unembedding)[list(pair)].detach().float().cpu()  # [2, d]
     basis = rows @ matrix  # [2, d]: the words' directions in this layer's coordinates
     inverse = torch.linalg.pinv(basis)  # [d, 2]
 

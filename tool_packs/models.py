@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tool_packs.engine import fitting
 from tool_packs.errors import ModelError, TextError
 from tool_packs.loading import (
     ORGANISM,
@@ -30,8 +31,10 @@ from tool_packs.loading import (
 from tool_packs.structure import (
     apply_norm,
     describe_parts,
+    device_of,
     find_structure,
     first_tensor,
+    held,
     lens_is_exact,
     text_config,
     unembed,
@@ -99,7 +102,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where the token ids go in."""
-        return weight_of(self.structure.embedding).device
+        return device_of(self.structure.embedding)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,7 +142,7 @@ class Model:
         mask = torch.cat([torch.zeros_like(hidden), torch.ones_like(text)], 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         run = self.structure.backbone
-        with torch.no_grad():
+        with torch.no_grad(), fitting(self, *ids.shape):
             padded = first_tensor(
                 run(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
             )[:, 6:].float()
@@ -198,15 +201,18 @@ class Model:
 
     def norm(self, h: Tensor) -> Tensor:
         """The final norm on states [..., d]."""
-        return apply_norm(self.structure, h)
+        with fitting(self, h[..., 0].numel(), 1):
+            return apply_norm(self.structure, h)
 
     def unembed(self, h: Tensor) -> Tensor:
         """Logits [..., V] of states [..., d] that have been through `norm`: scaled and capped."""
-        return unembed(self.structure, h)
+        with fitting(self, h[..., 0].numel(), 1):
+            return unembed(self.structure, h)
 
     def embed(self, ids: Tensor) -> Tensor:
         """What these tokens put into the residual stream [..., d], scaled; positions not added."""
-        rows = weight_of(self.structure.embedding)[ids.to(self.device)]
+        with held(self.structure.embedding):
+            rows = weight_of(self.structure.embedding)[ids.to(self.device)]
         return rows * self.embed_scale
 
     # Adapters
@@ -285,7 +291,8 @@ class Model:
             self.hf.set_adapter(before)
         self.core = self.hf.get_base_model()
         # PEFT has put wrappers around modules: find the parts anew.
-        self.structure = find_structure(self.core, layers=self._layers, norm=self._norm)
+        with fitting(self, 1, 4):
+            self.structure = find_structure(self.core, layers=self._layers, norm=self._norm)
         self._nnsight = None
         return name
 
@@ -299,9 +306,10 @@ class Model:
             for path, parameter in self.hf.named_parameters():
                 if any(f".{a}." in path + "." for a in self.adapters if a != key):
                     continue
-                flat = parameter.detach().reshape(-1)
-                picks = torch.linspace(0, max(flat.numel() - 1, 0), 16).long().to(flat.device)
-                sample = flat[picks].float().cpu() if flat.numel() else flat.float().cpu()
+                owner, _, name = path.rpartition(".")
+                module = self.hf.get_submodule(owner)
+                with held(module):
+                    sample = _sample(module.get_parameter(name))
                 digest.update(f"{path}{tuple(parameter.shape)}".encode())
                 digest.update(sample.numpy().tobytes())
             self._fingerprints[key] = digest.hexdigest()[:16]
@@ -345,6 +353,13 @@ class Model:
 
     def __repr__(self) -> str:
         return self.describe()
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Up to 16 values of a weight, float32 on the CPU."""
+    flat = weight.detach().reshape(-1)
+    picks = torch.linspace(0, max(flat.numel() - 1, 0), 16).long().to(flat.device)
+    return flat[picks].float().cpu() if flat.numel() else flat.float().cpu()
 
 
 def load_model(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tool_packs.activations import collect
-from tool_packs.engine import Intervention, batches, editing, spans_of
+from tool_packs.engine import Intervention, batches, editing, fitting, spans_of, sparing
 from tool_packs.errors import ModelError, TextError
 from tool_packs.generation import complete, decode
 from tool_packs.prompts import Position, Prompt, Text, read, resolve
@@ -177,7 +177,9 @@ def train(
                     [answers[i] for i in chosen],
                 )
                 optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                what = f"the gradients of {len(chosen)} examples"
+                with sparing(m.device, what, f"lower batch (now {batch})"):
+                    loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 losses.append(loss.item())
@@ -545,7 +547,8 @@ def _add_lora(m: Model, name: str, rank: int, seed: int) -> None:
             m.hf = get_peft_model(m.core, config, adapter_name=name)
     m.hf.eval()
     m.core = m.hf.get_base_model()
-    m.structure = find_structure(m.core, layers=m._layers, norm=m._norm)
+    with fitting(m, 1, 4):
+        m.structure = find_structure(m.core, layers=m._layers, norm=m._norm)
     m._nnsight = None
     _back(m, was)
 
@@ -591,7 +594,8 @@ def _loss(
     total, count = torch.zeros(()), 0
     for batch in batches(m, joined):
         mine = [changes[i] for i in batch.index]
-        with editing(m, mine, spans_of([joined[i] for i in batch.index], mine)):
+        spans = spans_of([joined[i] for i in batch.index], mine)
+        with fitting(m, *batch.ids.shape), editing(m, mine, spans):
             logits = m.core(**batch.keywords(), use_cache=False).logits
         for b, i in enumerate(batch.index):
             n = len(answers[i])
@@ -660,7 +664,8 @@ def _choose(
     out = torch.zeros(len(plan))
     for batch in batches(m, joined):
         mine = [changes[i] for i in batch.index]
-        with editing(m, mine, spans_of([joined[i] for i in batch.index], mine)):
+        spans = spans_of([joined[i] for i in batch.index], mine)
+        with fitting(m, *batch.ids.shape), editing(m, mine, spans):
             logits = m.core(**batch.keywords(), use_cache=False).logits
         for b, i in enumerate(batch.index):
             answer = torch.tensor(ids[plan[i][1]], device=logits.device)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tool_packs.engine import removing
+from tool_packs.engine import fitting, removing
 from tool_packs.errors import ModelError, TextError
-from tool_packs.structure import first_tensor, require_numbers, weight_of
+from tool_packs.structure import device_of, first_tensor, require_numbers, weight_of
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
@@ -185,7 +185,8 @@ def _writers(m: Model) -> list[tuple[nn.Module, Tensor | None]]:
             handles.extend(x.register_forward_hook(see) for x in parts)
         parts = [x for x in (*s.attn_out, *s.mlp_out) if x is not None]
         handles.extend(x.register_forward_hook(see) for x in parts if _unwrapped(x) is None)
-        out = s.backbone(input_ids=_four_tokens(m), use_cache=False)
+        with fitting(m, 1, 4):
+            out = s.backbone(input_ids=_four_tokens(m), use_cache=False)
     require_numbers(m.core, out.last_hidden_state)
     found = []
     for i, layer in enumerate(s.layers):
@@ -230,7 +231,7 @@ def _gain(norm: nn.Module, width: int) -> Tensor | None:
     if weight is None:
         return None
     x = torch.randn(width, generator=torch.Generator().manual_seed(0)).sign()  # rms 1
-    x = x.to(weight.device, weight.dtype)
+    x = x.to(device_of(norm), weight.dtype)
     y = torch.ones_like(x)
     y[: width // 2] *= -3
     y = y / y.float().square().mean().sqrt().to(y.dtype)
@@ -261,7 +262,8 @@ def _refuse_rest(m: Model, rows: Tensor) -> None:
     for adapter in (None, *m.adapters):
         with m.adapter(adapter), removing([]) as handles:
             handles.extend(x.register_forward_hook(see(i)) for i, x in enumerate(m.layers))
-            m.structure.backbone(input_ids=_four_tokens(m), use_cache=False)
+            with fitting(m, 1, 4):
+                m.structure.backbone(input_ids=_four_tokens(m), use_cache=False)
         if (worst := max(left.values())) > limit:
             layer = max(left, key=lambda i: left[i])
             raise ModelError(

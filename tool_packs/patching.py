@@ -221,6 +221,10 @@ def patch(
 # Pairs of runs: what `attribute` needs as well
 
 
+class NoDifference(TextError):
+    """Both runs score alike, so that no part of a difference can be given back."""
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two prompts of equal length."""
@@ -377,7 +381,7 @@ def record_pair(
     score, name = _metric(m, metric, answers, high_logits[0], low_logits[0])
     high, low = (_scored(score, x).item() for x in (high_logits, low_logits))
     if not abs(high - low) >= LEAST:
-        raise TextError(
+        raise NoDifference(
             f"{name} is {high:.4g} on the clean prompt and {low:.4g} on the corrupt one: "
             "there is no difference to find; choose other answers, another metric or prompts"
         )

@@ -10,6 +10,7 @@ the whole prompt; a model that does not pass (or keeps no plain cache) gets the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import weakref
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tool_packs.engine import _register_read, _site_module, _Stop, removing
-from tool_packs.errors import ModelError
+from tool_packs.engine import _register_read, _site_module, _Stop, fitting, removing
+from tool_packs.errors import MemoryFull, ModelError
 from tool_packs.structure import first_tensor
 
 if TYPE_CHECKING:
@@ -137,7 +138,8 @@ def make_prefix(m: Model, ids: Sequence[int], stop: int, known: Prefix | None = 
         begin = len(known.ids)
     keywords = _keywords(m, [ids], begin, stop)
     past = known.copy() if begin and known is not None else None
-    out = m.structure.backbone(**keywords, past_key_values=past, use_cache=True)
+    with fitting(m, *keywords["attention_mask"].shape):
+        out = m.structure.backbone(**keywords, past_key_values=past, use_cache=True)
     cache = getattr(out, "past_key_values", None)
     if not _is_plain(m, cache):
         _trusted(m)["prefix"] = False
@@ -205,10 +207,8 @@ def record_all(
             hook = m.layers[layer].register_forward_pre_hook(keep_call, with_kwargs=True)
             handles.append(hook)
         handles.append(m.layers[-1].register_forward_hook(finish))
-        try:
+        with fitting(m, len(prompts), stop), contextlib.suppress(_Stop):
             m.structure.backbone(**keywords)
-        except _Stop:
-            pass
     kind = "behind a prefix" if start else "restart"
     if kind not in _trusted(m):
         _trusted(m)[kind] = _as_plain_hooks(first)
@@ -244,7 +244,7 @@ def _as_plain_hooks(rec: Recording) -> bool:
     want = replay(whole, rows).float()
     try:
         got = replay(rec, rows).float()
-    except torch.OutOfMemoryError:
+    except MemoryFull:
         raise
     except RuntimeError:  # a shape that depends on the number of rows: not replayable
         return False
@@ -347,7 +347,7 @@ def stack(
     out: list[Tensor] = []
     if any(site in BRANCHES for site, _, _ in (*edits, *reads)):
         readers(m)  # found by a pass of its own, which no hook may change
-    with removing([]) as handles:
+    with fitting(m, rows, len(rec.ids)), removing([]) as handles:
         for site, layer, change in edits:
             handles.append(_register_edit(m, site, layer, change))
         for site, layer, see in reads:
@@ -553,7 +553,8 @@ def readers(m: Model) -> list[dict[str, Reader]]:
             handles.append(_register_read(m, "attn_out", i, _keep(added, i)))
             for child in block.children():
                 handles.append(child.register_forward_pre_hook(look(i), with_kwargs=True))
-        backbone(**_keywords(m, [range(count)], 0, count), use_cache=False)
+        with fitting(m, 1, count):
+            backbone(**_keywords(m, [range(count)], 0, count), use_cache=False)
     found = []
     for i, calls in enumerate(seen):
         middle = pre[i] + added[i]

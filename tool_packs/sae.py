@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tool_packs import sae_formats, sae_train
-from tool_packs.engine import site_name
+from tool_packs.engine import site_name, sparing
 from tool_packs.errors import TextError
 from tool_packs.prompts import Text, read
 from tool_packs.result import Result, provenance, to_cpu
@@ -187,9 +187,11 @@ def train(
         "first": first,
         "name": m.name,
     }
-    parts, loss = sae_train.fit(
-        x, kind, latents, k, steps=steps, batch=batch, lr=lr, seed=seed, progress=_progress
-    )
+    what = f"the training on {len(x)} tokens"
+    with sparing(x.device, what, f"lower batch (now {batch}) or latents (now {latents})"):
+        parts, loss = sae_train.fit(
+            x, kind, latents, k, steps=steps, batch=batch, lr=lr, seed=seed, progress=_progress
+        )
     trained = SAE(**parts, **fixed)
     begun, scale = sae_train.start(x, latents, seed)
     begun = {n: t.to(x.device) for n, t in sae_train.in_units_of_states(begun, scale).items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,6 +106,34 @@ def weight_of(module: nn.Module) -> Tensor:
     return module.weight
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes, also where device_map keeps its weights elsewhere until it runs."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    weight = next(module.parameters())
+    return torch.device(module._hf_hook.execution_device) if weight.is_meta else weight.device
+
+
+def held(module: nn.Module) -> AbstractContextManager[Any]:
+    """Within this the module's own weights have values, those too that device_map put on disk."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy in float32 on the CPU, with its weights and without what device_map has put around it."""
+    hook = getattr(module, "_hf_hook", None)
+    with held(module):
+        other = copy.deepcopy(module, {id(hook): None})  # the hook holds the weights of all others
+    if hook is not None:
+        for name in ("_hf_hook", "_old_forward", "forward"):
+            vars(other).pop(name, None)
+    return other.cpu().float()
+
+
 def first_tensor(output: Any) -> Tensor:
     """A module's output where it is a tensor (transformers 5), else its first item."""
     return output if isinstance(output, Tensor) else output[0]
@@ -203,7 +232,7 @@ def unembed(s: Structure, h: Tensor) -> Tensor:
     """Logits [..., V] of final-normed states [..., d]: scaled and capped as the model does it."""
     weight = weight_of(s.unembedding)
     dtype = h.dtype if not weight.is_floating_point() else weight.dtype  # 4-bit weights are bytes
-    logits = s.unembedding(h.to(weight.device, dtype)) * s.logit_scale
+    logits = s.unembedding(h.to(device_of(s.unembedding), dtype)) * s.logit_scale
     if s.softcap is not None:
         logits = torch.tanh(logits / s.softcap) * s.softcap
     return logits.float()
@@ -213,7 +242,7 @@ def apply_norm(s: Structure, h: Tensor) -> Tensor:
     """The final norm on states [..., d], where the norm's weights are and in their precision."""
     weight = next(s.final_norm.parameters(), None)
     if weight is not None:
-        h = h.to(weight.device, weight.dtype)
+        h = h.to(device_of(s.final_norm), weight.dtype)
     return s.final_norm(h)
 
 
@@ -221,9 +250,14 @@ def require_numbers(model: nn.Module, x: Tensor) -> None:
     """Raises ModelError where `x`, which the model gave, holds NaN; names the weights that do."""
     if not x.isnan().any():
         return
-    bad = [
-        name for name, w in model.named_parameters() if w.is_floating_point() and w.isnan().any()
-    ]
+    bad = []
+    for path, module in model.named_modules():
+        with held(module):
+            bad += [
+                f"{path}.{name}"
+                for name, w in module.named_parameters(recurse=False)
+                if w.is_floating_point() and w.isnan().any()
+            ]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise ModelError(
@@ -254,7 +288,7 @@ def _residual_writers(parts: list[tuple[nn.Module, Tensor]], delta: Tensor) -> t
 @torch.no_grad()
 def _check(s: Structure, norms: list[nn.Module]) -> None:
     """Four tokens through the model: fills embed_scale, attn_out, mlp_out, final_norm, lens_error."""
-    device = weight_of(s.embedding).device
+    device = device_of(s.embedding)
     vocabulary = weight_of(s.embedding).shape[0]
     ids = (torch.arange(4, device=device) + vocabulary // 3).unsqueeze(0) % vocabulary  # [1, 4]
     seen: dict[Any, Tensor] = {}
@@ -314,7 +348,8 @@ def _writers(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _embed_scale(s: Structure, ids: Tensor, seen: dict[Any, Tensor]) -> float:
     """What the embedding's rows are multiplied by before the first layer (Gemma: sqrt(width))."""
-    rows = weight_of(s.embedding)[ids].float()
+    with held(s.embedding):
+        rows = weight_of(s.embedding)[ids].float()
     if not rows.is_floating_point() or rows.shape[-1] != s.width:
         return 1.0
     for start in (seen["in", 0], seen.get("embedding")):

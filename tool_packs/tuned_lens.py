@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tool_packs.activations import Layers, collect
-from tool_packs.engine import Steer
+from tool_packs.engine import Steer, sparing
 from tool_packs.errors import ModelError, TextError
 from tool_packs.jacobian_lens import fitted_layers, frozen, is_all, progress
 from tool_packs.logit_lens import CHUNK, divergence, lens_grid, refuse_inexact
@@ -107,7 +107,8 @@ def train_tuned_lens(
     kept = min(len(usable) - 1, max(1, round(held_out * len(usable))))
     x_test, own_test = _states(m, [usable[i] for i in order[:kept]], index, skip)
     x, own = _states(m, [usable[i] for i in order[kept:]], index, skip)  # [X, L, d], [X, d]
-    with frozen(m):
+    step = f"a step of {batch} tokens over {len(index)} layers"
+    with frozen(m), sparing(m.device, step, f"lower batch (now {batch}) or give fewer layers"):
         weight, bias, losses = _train(m, x, own, steps, batch, lr, weight_decay, generator)
     some = torch.randperm(len(x), generator=generator)[: len(x_test)]
     tensors = {

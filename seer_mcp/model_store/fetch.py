@@ -1,10 +1,10 @@
 """Fetch one model of the hub into one folder. Runs alone, wherever huggingface_hub is installed.
 
-Reads one line of JSON from stdin: name, revision ("" for the main branch), folder, and if wanted
-token, endpoint, sync (true: `sync FOLDER` before and after the manifest, for a volume that commits
-then), every (seconds between lines of progress), tries and pause (of failures that may pass), and
-timeout (seconds that the hub has for its listing). A token comes on stdin, or huggingface_hub finds
-its own; it is written nowhere.
+Reads one line of JSON from stdin, or SEER_FETCH of its environment where that is set: name,
+revision ("" for the main branch), folder, and if wanted token, endpoint, sync (true: `sync FOLDER`
+before and after the manifest, for a volume that commits then), every (seconds between lines of
+progress), tries and pause (of failures that may pass), and timeout (seconds that the hub has for
+its listing). A token comes with it, or huggingface_hub finds its own; it is written nowhere.
 
 Writes lines of JSON to stdout: {"bytes", "total", "rate", "left", "file"} about each second (with
 "waiting": true while another process fetches the same), {"note"}, and at last {"done": manifest} or
@@ -90,6 +90,10 @@ TOKENIZERS = {
 WORKERS = 4
 PIECE = 1 << 20
 SPARE = 16 << 20  # bytes that the disk must have beyond the model
+MORE_ROOM = (
+    "Make room there (seer-mcp models list --backend modal shows what is kept, models remove deletes it) and start "
+    "again: the fetch goes on where it stopped."
+)
 LARGEST = 50_000_000_000  # bytes of a file that the hub serves over plain HTTP
 LONGEST_PAUSE = 60.0
 TRANSIENT = {"cut", "hub_away", "hub_down", "rate_limited"}
@@ -335,13 +339,17 @@ def big(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def disk_full(folder: str, need: int) -> Failed:
-    free = shutil.disk_usage(folder).free
+def disk_full(folder: str, need: int, volume: bool = False) -> Failed:
+    """`volume`: the folder is one of a cloud, which has no other folder to offer."""
+    room = f"{big(need + SPARE)} are needed, {big(shutil.disk_usage(folder).free)} are free"
+    if volume:
+        return Failed(
+            "disk_full", f"the volume that it is fetched to is full ({room}). {MORE_ROOM}"
+        )
     return Failed(
         "disk_full",
-        f"the disk of {folder} is full: {big(need + SPARE)} are needed, {big(free)} are free. Free some (seer-mcp "
-        "models list shows what is kept, models remove deletes it) or use another folder. The fetch then goes on "
-        "where it stopped.",
+        f"the disk of {folder} is full: {room}. Free some (seer-mcp models list shows what is kept, models remove "
+        "deletes it) or use another folder. The fetch then goes on where it stopped.",
     )
 
 
@@ -358,8 +366,11 @@ def retry_after(response: Any) -> float | None:
 class Asked:
     """What was asked of which hub: the words for sentences about failures."""
 
-    def __init__(self, name: str, revision: str, folder: str, endpoint: str, token: bool) -> None:
+    def __init__(
+        self, name: str, revision: str, folder: str, endpoint: str, token: bool, volume: bool
+    ) -> None:
         self.name = name
+        self.volume = volume  # whether the folder is one of a cloud
         self.revision = revision
         self.folder = folder
         self.endpoint = endpoint
@@ -402,7 +413,7 @@ class Asked:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             entries = planned(self.folder)
             total = sum(entry["size"] for entry in entries)
-            return disk_full(self.folder, total - came(self.folder, entries))
+            return disk_full(self.folder, total - came(self.folder, entries), self.volume)
         if error.errno is not None:
             return Failed(
                 "folder",
@@ -538,7 +549,7 @@ class Fetch:
         self.pause: float = config.get("pause", 1.0)
         self.timeout: float = config.get("timeout", 30.0)
         known = bool(self.token or hub.get_token())
-        self.asked = Asked(self.name, self.revision, self.folder, self.endpoint, known)
+        self.asked = Asked(self.name, self.revision, self.folder, self.endpoint, known, self.sync)
         self.progress = Progress(lines, self.folder, self.every)
 
     def path(self, *names: str) -> str:
@@ -661,7 +672,7 @@ class Fetch:
     def need_room(self, entries: Sequence[Entry]) -> None:
         need = sum(entry["size"] for entry in entries) - came(self.folder, entries)
         if need > 0 and need + SPARE > shutil.disk_usage(self.folder).free:
-            raise disk_full(self.folder, need)
+            raise disk_full(self.folder, need, self.sync)
 
     def bring(self, entries: Sequence[Entry], commit: str) -> None:
         """Those of these files that are not there yet, several at once."""
@@ -717,8 +728,22 @@ class Fetch:
         return config.get("base_model_name_or_path") or ""
 
     def commit(self) -> None:
-        if self.sync:
-            subprocess.run(["sync", self.folder], check=True)
+        """Raises Failed where the volume does not take what was written to it."""
+        if not self.sync:
+            return
+        done = subprocess.run(["sync", self.folder], stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode == 0:
+            return
+        reason = " ".join(done.stderr.split())[:300]
+        if os.strerror(errno.ENOSPC) in reason or os.strerror(errno.EDQUOT) in reason:
+            raise Failed(
+                "disk_full", f"the volume that it is fetched to is full ({reason}). {MORE_ROOM}"
+            )
+        raise Failed(
+            "folder",
+            f"the volume that it is fetched to did not keep it ({reason or done.returncode}). Start again: the fetch "
+            "goes on with what the volume has.",
+        )
 
 
 def load_hub() -> Any:
@@ -739,7 +764,7 @@ def load_hub() -> Any:
 
 
 def main() -> None:
-    config = json.loads(sys.stdin.readline())
+    config = json.loads(os.environ.get("SEER_FETCH") or sys.stdin.readline())
     lines = Lines(config.get("token"))
     try:
         hub = load_hub()

@@ -57,7 +57,8 @@ async def described(session: Session) -> str:
     try:
         status = await session.status()
     except SandboxUnavailable as error:  # it cannot be reached, or is being ended just now
-        return f"{session.handle}: {error}{cost}\n    notebook {session.notebook.path}"
+        why = str(error).removesuffix(".") if cost else str(error)
+        return f"{session.handle}: {why}{cost}\n    notebook {session.notebook.path}"
     running = [c.id for c in session.notebook.cells if c.state in UNFINISHED]
     kernel = status["kernel"] + (f" ({status['how']})" if status["how"] else "")
     busy = f"; running or queued: {', '.join(running)}" if running else ""

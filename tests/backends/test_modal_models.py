@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import modal
 import pytest
 
 from seer_mcp.backends.modal import ModalBackend
 from seer_mcp.environment import ModelSpec
 from seer_mcp.errors import BadInput, ModelUnavailable
+from seer_mcp.model_store import HubModel
 
 from ..modal_cloud.control import Controller
 from ..modal_cloud.fixtures import available, client_environment, running_cloud
@@ -181,6 +186,155 @@ async def test_a_folder_of_this_side_is_refused(bench: Bench, control: Controlle
     spec = ModelSpec(name="./weights")
     await refused(start(bench, [], spec), BadInput, "./weights", "files")
     assert control.ledger() == []
+
+
+# -- cut off, and gone on with --------------------------------------------------------------------
+
+MB = 1 << 20
+FIRST, SECOND = os.urandom(MB), os.urandom(6 * MB)
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = json.dumps({"weight_map": dict(zip("ab", SHARDS, strict=True))}).encode()
+LARGE = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors.index.json": INDEX,
+    SHARDS[0]: FIRST,
+    SHARDS[1]: SECOND,
+}
+OF_SECOND = f"/repos/{hashlib.sha256(SECOND).hexdigest()}"
+VOLUME = HubModel("lab/large").volume
+
+
+async def volume_files(control: Controller) -> dict[str, int]:
+    """Sizes of what is committed on the model's volume."""
+    volume = modal.Volume.from_name(VOLUME)
+    try:
+        return {entry.path: entry.size async for entry in volume.iterdir.aio("/", recursive=True)}
+    except modal.exception.NotFoundError:
+        return {}
+
+
+async def is_whole(bench: Bench, box: Box) -> None:
+    folder = json.loads(await box.value("__import__('os').environ['SEER_MODELS']"))["lab/large"]
+    code = (
+        "(lambda p, h: {f.name: h(f.read_bytes()).hexdigest() for f in p.iterdir()})"
+        f"(__import__('pathlib').Path({folder!r}), __import__('hashlib').sha256)"
+    )
+    told = {name: hashlib.sha256(content).hexdigest() for name, content in LARGE.items()}
+    assert await box.value(code) == told
+
+
+@pytest.mark.parametrize("end", ["preempted", "killed", "given up"])
+async def test_a_fetch_that_is_cut_off_goes_on_where_it_stopped(
+    bench: Bench, control: Controller, hub: Hub, end: str
+) -> None:
+    control.background_commits(seconds=0.2)
+    hub.add("lab/large", LARGE)
+    hub.accounts[TOKEN] = set()
+    hub.fault(OF_SECOND, hold=4 * MB)
+    starting = asyncio.create_task(start(bench, [], ModelSpec(name="lab/large")))
+
+    async def committed() -> bool:
+        there = await volume_files(control)
+        part = max((size for path, size in there.items() if path.startswith("parts/")), default=0)
+        return f"files/{SHARDS[0]}" in there and part >= 3 * MB
+
+    while not await committed():
+        assert not starting.done(), starting
+        await asyncio.sleep(0.1)
+    if end == "preempted":
+        control.preempt(sandbox=VOLUME)
+    elif end == "killed":
+        for pid in control.processes(sandbox=VOLUME):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    else:
+        starting.cancel()
+    if end == "given up":
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+    else:
+        text = await refused(starting, ModelUnavailable, "lab/large", "goes on where it stopped")
+        assert len(text.splitlines()) == 1
+    assert [row["running"] for row in control.ledger()] == [False]  # and no machine for a kernel
+    assert "manifest.json" not in await volume_files(control)
+
+    hub.forget()
+    await is_whole(bench, await start(bench, [], ModelSpec(name="lab/large")))
+    assert len(fetched(control)) == 2
+    (request,) = hub.asked("/repos/")  # the other shard had come as a whole
+    assert request.path == OF_SECOND and request.start >= 3 * MB
+    assert request.sent == len(SECOND) - request.start
+    assert not [path for path in await volume_files(control) if path.startswith("parts")]
+
+
+async def test_a_line_to_the_hub_that_drops_is_taken_up_by_the_same_machine(
+    bench: Bench, control: Controller, hub: Hub
+) -> None:
+    hub.add("lab/large", LARGE)
+    hub.accounts[TOKEN] = set()
+    hub.fault(OF_SECOND, cut=3 * MB)
+    await is_whole(bench, await start(bench, [], ModelSpec(name="lab/large")))
+    assert len(fetched(control)) == 1
+    assert [r.start > 2 * MB for r in hub.asked(OF_SECOND)] == [False, True]
+    assert hub.sent("/repos/") < len(FIRST) + len(SECOND) + MB
+
+
+@pytest.mark.parametrize("when", ["at once", "at the commit"])
+async def test_a_volume_that_is_full_is_said_and_the_next_attempt_goes_on(
+    bench: Bench, control: Controller, hub: Hub, when: str
+) -> None:
+    control.background_commits(seconds=60)
+    hub.add("lab/large", LARGE)
+    hub.accounts[TOKEN] = set()
+    if when == "at once":
+        control.limit_volume(name=VOLUME, size=18 * MB)
+    fault = hub.fault(OF_SECOND, hold=4 * MB)
+    starting = asyncio.create_task(start(bench, [], ModelSpec(name="lab/large")))
+    if when == "at the commit":
+        while hub.sent(OF_SECOND) < 4 * MB:
+            assert not starting.done(), starting
+            await asyncio.sleep(0.05)
+        control.limit_volume(name=VOLUME, size=MB)
+        fault.go()
+    text = await refused(starting, ModelUnavailable, "lab/large", "volume", "is full")
+    assert len(text.splitlines()) == 1 and "another folder" not in text
+    assert [row["running"] for row in control.ledger()] == [False]
+    assert "manifest.json" not in await volume_files(control)
+    control.limit_volume(name=VOLUME, size=None)
+    hub.forget()
+    await is_whole(bench, await start(bench, [], ModelSpec(name="lab/large")))
+
+
+async def test_a_machine_that_fetches_needs_nothing_more_of_who_made_it(
+    bench: Bench, control: Controller, hub: Hub
+) -> None:
+    """The answer to its create is lost: what was made fetches, and is found by its name."""
+    hub.add_folder("lab/base", BASE)
+    hub.accounts[TOKEN] = set()
+    control.fault(rpc="SandboxCreateV2", status="reset", when="after", match="seer-model-")
+    async with asyncio.timeout(60):
+        await start(bench, [], ModelSpec(name="lab/base"))
+    (row,) = fetched(control)
+    assert not row["running"]
+
+
+async def test_two_starts_at_once_fetch_a_model_once(
+    bench: Bench, control: Controller, hub: Hub
+) -> None:
+    hub.add("lab/large", LARGE)
+    hub.accounts[TOKEN] = set()
+    told: list[str] = []
+    spec = bench.harness.spec(models=(ModelSpec(name="lab/large"),))
+    places = [bench.harness.place(f"both-{i}", "") for i in range(2)]
+    made = await asyncio.gather(
+        *(bench.harness.backend.start(spec, place, told.append) for place in places)
+    )
+    for sandbox, place in zip(made, places, strict=True):
+        box = Box(bench.harness, sandbox, place, told)
+        bench.started.append(box)
+        await is_whole(bench, await box.ready())
+    assert len(fetched(control)) == 1
+    assert hub.sent("/repos/") == len(FIRST) + len(SECOND)
 
 
 def models(bench: Bench, hub: Hub, *words: str) -> subprocess.CompletedProcess[str]:

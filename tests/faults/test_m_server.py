@@ -13,9 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from seer_mcp.money import parse_allowance
@@ -24,7 +26,7 @@ from seer_mcp.sessions import session as session_module
 
 from ..modal_cloud.control import Controller
 from ..modal_cloud.fixtures import RunningCloud, available, client_environment, running_cloud
-from ..support import Lab, open_lab, read_cells, streams, text_of
+from ..support import Lab, open_lab, read_cells, streams, text_of, until
 from ..team.test_tenancy import team
 from .ground import Ground, raw_server, raw_start, raw_text
 
@@ -282,8 +284,10 @@ async def test_m14_what_one_person_may_cost_refuses_that_persons_next(
         meter.began -= 0.99 / meter.price.per_second
         meter.note()
         said = await anna.no("start_sandbox", backend="modal", gpu=GPU)
-        assert "used up" in said and "$1.00" in said
-        assert "BUDGET: 99%" in await anna.ok("list_sandboxes")
+        assert "the budget of your own sandboxes is used up" in said and "$1.00" in said
+        assert "--owner-budget" in said and "all sandboxes" not in said
+        listed = await anna.ok("list_sandboxes")
+        assert "BUDGET: 99%" in listed and "the owner's sandboxes" in listed
         second = await ben.start(backend="modal", gpu=GPU)
         assert "BUDGET" not in await ben.ok("list_sandboxes")
         assert sorted(billing(control)) == sorted([handle, second])
@@ -370,6 +374,81 @@ async def test_m05_a_server_killed_in_mid_cell_is_followed_by_the_next_one(
     (path,) = place.project.glob("outputs/*/*.ipynb")
     assert streams(read_cells(path)[0]).split("\n") == [*(f"line {i}" for i in range(400)), ""]
     assert billing(control) == []
+
+
+# -- the laptop sleeps ----------------------------------------------------------------------------
+
+DOZES = """
+from seer_mcp import kernel
+from seer_mcp.backends.modal import sandbox
+kernel.PING_SECONDS, sandbox.SILENCE_SECONDS = 0.5, 2.0
+"""
+
+
+def bridges(control: Controller, handle: str) -> int:
+    """Commands in the sandbox that somebody's line to its host goes through."""
+    found = 0
+    for pid in control.processes(sandbox=handle):
+        with suppress(psutil.NoSuchProcess):
+            found += "kernel_host.attach" in psutil.Process(pid).cmdline()
+    return found
+
+
+async def test_m_a_server_that_slept_longer_than_its_line_lasts_goes_on_with_everything(
+    place: Ground, running: RunningCloud, control: Controller
+) -> None:
+    code = (
+        "import time\nopen('runs', 'a').write('x')\nfor i in range(500):\n"
+        "    print('line', i, flush=True)\n    time.sleep(0.02)"
+    )
+    with raw_server(place, env=dict(running.environment), before=DOZES) as server:
+        handle = raw_start(server, backend="modal")
+        asked = server.send(
+            "tools/call",
+            name="create_cell",
+            arguments={"sandbox": handle, "source": code, "wait": 45},
+        )
+        await until(lambda: bridges(control, handle) == 1)
+        path = next(place.project.glob("outputs/*/*.ipynb"))
+        await until(lambda: "line 3" in path.read_text(), 20)
+        server.process.send_signal(signal.SIGSTOP)
+        await until(lambda: bridges(control, handle) == 0, 20)  # the host hears nobody any more
+        late = server.send(
+            "tools/call",
+            name="create_cell",
+            arguments={"sandbox": handle, "source": "print(open('runs').read())", "wait": 45},
+        )
+        server.process.send_signal(signal.SIGCONT)
+        answers = {number: server.answer(number, 60)["result"] for number in (asked, late)}
+        assert not [answer for answer in answers.values() if answer.get("isError")]
+        assert raw_text(answers[late]).rstrip().endswith("x")
+        assert answers[asked]["_meta"]["seer/run"]["state"] == "complete"
+        assert not server.call("stop_sandbox", sandbox=handle).get("isError")
+    cells = read_cells(path)
+    assert streams(cells[0]) == "".join(f"line {i}\n" for i in range(500))
+    assert streams(cells[1]) == "x\n"
+    assert billing(control) == []
+
+
+async def test_m13_what_a_server_that_never_wakes_left_ends_at_its_idle_limit(
+    place: Ground, running: RunningCloud, control: Controller
+) -> None:
+    with raw_server(place, env=dict(running.environment), before=DOZES) as server:
+        handle = raw_start(server, backend="modal", idle_minutes=0.1)
+        server.call("create_cell", sandbox=handle, source="print('kept')")
+        server.process.send_signal(signal.SIGSTOP)
+        slept = time.time()
+        await until(lambda: billing(control) == [], 6 + 30)
+        (row,) = [row for row in control.ledger() if row["name"] == handle]
+        assert row["why"] == "exit" and row["ended"] - slept < 6 + 30
+        server.process.send_signal(signal.SIGCONT)  # it wakes after all, and says so
+        end = time.monotonic() + 30
+        while f"{handle}: ended" not in (listed := raw_text(server.call("list_sandboxes"))):
+            assert time.monotonic() < end, listed
+            await asyncio.sleep(0.2)
+        assert "idle" in listed
+    (path,) = place.project.glob("outputs/*/*.ipynb")
+    assert streams(read_cells(path)[0]) == "kept\n"
 
 
 @pytest.mark.parametrize("machine", [{}, pytest.param({"gpu": GPU}, marks=pytest.mark.slow)])

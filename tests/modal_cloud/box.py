@@ -47,9 +47,8 @@ def make_base_layer(folder: Path) -> None:
         cleared.mkdir(parents=True)
         cleared.chmod(0o1777)
         os.setxattr(cleared, "trusted.overlay.opaque", b"y")
-    for interpreter in hidden_interpreter():  # put back: an overlay's lower files are never written
-        target = folder / interpreter.relative_to("/")
-        shutil.copytree(interpreter, target, symlinks=True, copy_function=link)
+    for interpreter in hidden_interpreter():  # a box mounts it there
+        (folder / interpreter.relative_to("/")).mkdir(parents=True)
     checkout = Path(sys.prefix).parent
     if (checkout / "pyproject.toml").is_file():
         copy = folder / checkout.relative_to("/")
@@ -63,14 +62,6 @@ def make_base_layer(folder: Path) -> None:
     local = folder / "usr/bin"
     local.mkdir(parents=True)
     write_tool(local / "sync", HERE / "syncing.py")
-
-
-def link(source: str, target: str) -> None:
-    """The same file at a second place, or a copy where that is another file system."""
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def write_tool(path: Path, source: Path) -> None:
@@ -108,6 +99,10 @@ class Box:
         self.folder = folder
         self.plan = plan
         self.upper = folder / "upper"
+        self.interpreters = [
+            (path, folder / f"interpreter{number}")
+            for number, path in enumerate(hidden_interpreter())
+        ]
         self.stdout = Output()
         self.stderr = Output()
         self.ended = asyncio.Event()
@@ -129,6 +124,9 @@ class Box:
         root = self.folder / "root"
         for made in (self.upper, work, root):
             made.mkdir(parents=True)
+        for _, upper in self.interpreters:
+            upper.mkdir()
+            Path(f"{upper}-work").mkdir()
         alive, self._life = os.pipe()
         said, says = os.pipe()
         plan = {
@@ -139,6 +137,10 @@ class Box:
             "upper": str(self.upper),
             "work": str(work),
             "root": str(root),
+            "interpreters": [
+                {"path": str(path), "upper": str(upper), "work": str(upper) + "-work"}
+                for path, upper in self.interpreters
+            ],
             "binds": self.plan.binds,
             "volumes": [
                 {
@@ -231,6 +233,22 @@ class Box:
         self._life = self._handle = -1
         self.ended.set()
         self._up.set()
+
+    async def copy_files(self, layer: Path) -> bool:
+        """Copy what the box has written; False if a file went while it was copied."""
+        parts = [(self.upper, layer)]
+        for path, upper in self.interpreters:
+            if any(upper.iterdir()):
+                parts.append((upper, layer / path.relative_to("/")))
+        for source, target in parts:
+            for parent in reversed(target.relative_to(layer).parents):
+                if not (layer / parent).exists():
+                    (layer / parent).mkdir()
+                    (layer / parent).chmod(0o1777 if str(parent) in CLEARED else 0o755)
+            copy = await asyncio.create_subprocess_exec("cp", "-aT", str(source), str(target))
+            if await copy.wait():
+                return False
+        return True
 
     def kill(self) -> None:
         """End every process of the box at once; `ended` follows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
 import stat
@@ -47,7 +48,7 @@ class Volume:
         apply(fresh)
         if self.limit is not None and size_of(fresh) > self.limit:
             shutil.rmtree(fresh)
-            raise OSError(28, f"No space left on volume {self.name}")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.name)
         self.generation += 1
 
 

@@ -47,6 +47,10 @@ def make_root(plan):
     mount("", "/", "", REC | PRIVATE)
     lower = ":".join([*plan["layers"], "/"])
     overlay(root, lower, plan["upper"], plan["work"])
+    for found in plan["interpreters"]:
+        path = found["path"]
+        layers = [layer + path for layer in plan["layers"] if os.path.isdir(layer + path)]
+        overlay(root + path, ":".join([*layers, path]), found["upper"], found["work"])
     mount("proc", root + "/proc", "proc", NOSUID | NODEV)
     devices(root + "/dev")
     mount("/sys", root + "/sys", "", BIND)  # not recursive: control groups stay out

@@ -304,14 +304,13 @@ class Sandboxes:
             self.errors.append("".join(traceback.format_exception(error)))
 
     async def snapshot(self, sandbox: Sandbox, ttl: float | None) -> Image:
-        upper = sandbox.alive().upper
+        box = sandbox.alive()
         layer = self.mounts.layers / ids.new("sn")
         for _ in range(
             SNAPSHOT_TRIES
         ):  # a file that goes while it is copied is no fault of a snapshot
             shutil.rmtree(layer, ignore_errors=True)
-            copy = await asyncio.create_subprocess_exec("cp", "-a", str(upper), str(layer))
-            if not await copy.wait():
+            if await box.copy_files(layer):
                 break
         else:
             refuse(Status.INTERNAL, "the sandbox's files could not be copied")

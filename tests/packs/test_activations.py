@@ -1,5 +1,8 @@
 """Activations are those that plain hooks read, whatever the batch."""
 
+import re
+import time
+
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ from tests.packs.tiny import ARCHITECTURES, TEXTS
 from tool_packs.activations import capture
 from tool_packs.engine import Intervention
 from tool_packs.errors import CaptureTooLarge, TextError
+from tool_packs.generation import generate
+from tool_packs.models import load_model
 
 EVERY = [*ARCHITECTURES, *(f"{name}-lora" for name in ARCHITECTURES)]
 CHAT = [
@@ -123,3 +128,19 @@ def test_capture_can_be_steered(llama):
     plain = capture(llama, TEXTS, 1)["resid_post"]
     steered = capture(llama, TEXTS, 1, steer=change)["resid_post"]
     assert torch.allclose(steered - plain, torch.full_like(plain, 3.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("ask", ["activations", "generate"])
+def test_what_takes_long_shows_how_far_it_is(folders, capsys, ask):
+    m = load_model(str(folders["llama"]))
+    m.batch_tokens = 4  # one text a batch
+    run = {
+        "activations": lambda: capture(m, TEXTS * 2),
+        "generate": lambda: generate(m, TEXTS * 2, max_new_tokens=1, raw=True),
+    }[ask]
+    capsys.readouterr()
+    run()
+    assert capsys.readouterr().err == ""
+    m.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.35))
+    run()
+    assert re.search(rf"{ask}: +\d+%.* \d/8 ", capsys.readouterr().err)

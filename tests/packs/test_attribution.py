@@ -47,7 +47,8 @@ def naive(m, clean, corrupt, modules, before=False):
     """(clean - corrupt) times the corrupt run's gradient, in logits [module, T]."""
     one, _ = gradients(m, clean, modules, before)
     two, grads = gradients(m, corrupt, modules, before)
-    return torch.stack([((a - b) * g).sum(-1) for a, b, g in zip(one, two, grads, strict=True)])
+    parts = zip(one, two, grads, strict=True)
+    return torch.stack([((a.float() - b.float()) * g.float()).sum(-1) for a, b, g in parts])
 
 
 def in_logits(r, name):

@@ -20,6 +20,7 @@ from tool_packs.errors import MemoryFull, ModelError, PackError, TextError
 from tool_packs.generation import generate, next_token
 from tool_packs.logit_lens import logit_lens
 from tool_packs.models import load_model
+from tool_packs.patching import patch
 from tool_packs.prompts import read
 from tool_packs.steering import intervention, steer
 
@@ -291,6 +292,31 @@ def test_a_pass_that_finds_no_memory_says_what_to_reduce(llama, ask):
         handle.remove()
     assert f"m.batch_tokens (now {llama.batch_tokens})" in str(told.value)
     asks[ask]()  # and it goes on afterwards
+
+
+@pytest.mark.parametrize("passes", [0, 2])  # before the recording; in the cells
+def test_patching_that_finds_no_memory_says_what_to_reduce(llama, passes):
+    pair = ("the cat sat on the mat", "the dog sat on the mat")
+
+    def ask():
+        return patch(llama, *pair, answers=("he", "she"), n_control=0)
+
+    ask()  # from here on the model is known to restart
+    seen = []
+
+    def full(module, args, kwargs):
+        seen.append(module)
+        if len(seen) > passes:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = llama.layers[1].register_forward_pre_hook(full, with_kwargs=True)
+    try:
+        said = sentence(ask)
+    finally:
+        handle.remove()
+    assert re.search(r"no memory on cpu for a pass of \d+ x \d+ tokens", said)
+    assert f"m.batch_tokens (now {llama.batch_tokens})" in said
+    assert "effect" in ask().tensors  # and it goes on afterwards
 
 
 def test_a_vector_that_is_no_numbers_is_refused(llama):

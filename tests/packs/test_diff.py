@@ -1,5 +1,7 @@
 """Differences of models: the algebra, the controls, and what the shipped organisms show."""
 
+import re
+
 import pytest
 import torch
 
@@ -41,6 +43,15 @@ def test_the_mean_difference_is_that_of_two_captures(models, name):
     assert torch.allclose(r["difference"], (on - off).mean(0), atol=1e-6)
     assert torch.allclose(r["mean_difference"], (on - off).mean((0, 1)), atol=1e-6)
     assert m.active_adapter == name
+
+
+def test_the_names_under_returns_are_those_of_the_result(models):
+    m = models["llama-lora"]
+    returns = activation.__doc__.split("Returns:")[1].split("Rows:")[0]
+    lists = re.findall(r"((?:\w+,\s+)*\w+)\s+\[", returns)  # before each [dimensions]
+    named = {name for some in lists for name in re.split(r",\s+", some)}
+    r = activation(m, LONG, 2, n_random=1, concepts={"one": torch.ones(m.width)})
+    assert named == r.tensors.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)

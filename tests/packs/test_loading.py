@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.packs.tiny import TEXTS, make_folder, make_tokenizer
+from tests.packs.tiny import ARCHITECTURES, TEXTS, make_folder, make_tokenizer
 from tool_packs.activations import capture
+from tool_packs.dla import dla
 from tool_packs.errors import (
     ModelError,
     ModelNotFound,
@@ -17,8 +18,12 @@ from tool_packs.errors import (
     TextError,
     WeightsIncomplete,
 )
-from tool_packs.generation import next_token
+from tool_packs.generation import generate, next_token
+from tool_packs.logit_lens import logit_lens
 from tool_packs.models import Model, load_model
+from tool_packs.orthogonal import orthogonalised
+from tool_packs.patching import patch
+from tool_packs.steering import intervention
 from tool_packs.structure import find_structure
 
 
@@ -262,14 +267,65 @@ def test_organisms_are_loaded_by_name():
     assert m.lens_exact
 
 
-def test_nnsight_reads_what_capture_reads(models):
-    m = models["llama-lora"]
-    net = m.nnsight
-    with net.trace(TEXTS[1]):
-        h = net.base_model.model.model.layers[1].output.save()
+PARTS = ["embed_tokens", "rotary_emb", *(f"layers.{i}" for i in range(4)), "norm"]
+FIRST_ON_DISK = {"cpu": 7, "two layers on disk": 4, "all from the third layer on disk": 4}
+
+
+def places(name, what):
+    """A device_map with some parts of the model on disk."""
+    first = FIRST_ON_DISK[what]
+    last = 6 if what.startswith("two") else 7
+    found = {
+        f"model.{part}": "disk" if first <= i < last else "cpu" for i, part in enumerate(PARTS)
+    }
+    # A tied unembedding is where the embedding is.
+    return found | {"lm_head": "disk" if name == "qwen3" and last == 7 > first else "cpu"}
+
+
+@pytest.mark.parametrize("what", FIRST_ON_DISK)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3"])
+def test_a_model_split_over_devices_gives_the_same_numbers(folders, models, name, what):
+    plain, split = models[name], load_model(str(folders[name]), device_map=places(name, what))
+    away = {path for path, w in split.hf.named_parameters() if w.is_meta}
+    assert bool(away) == ("disk" in what)
+    assert split.fingerprint() == plain.fingerprint()
+    assert split.lens_exact
+    pair = ("the cat sat on the mat", "the dog sat on the mat")
+    v = torch.randn(plain.width, generator=torch.Generator().manual_seed(0))
+    asks = {
+        "resid_post": lambda m: capture(m, TEXTS, "all", "all"),
+        "metric": lambda m: patch(m, *pair, answers=("he", "she"), n_control=0),
+        "tokens": lambda m: generate(
+            m, TEXTS, max_new_tokens=4, raw=True, steer=intervention(m, v, 2, 4.0)
+        ),
+        "top_logprobs": lambda m: logit_lens(m, TEXTS),
+        "head": lambda m: dla(m, TEXTS[1], ("he", "she"), attend=0),
+    }
+    for key, ask in asks.items():
+        one, two = (ask(m)[key] for m in (plain, split))
+        assert torch.equal(one.nan_to_num(), two.nan_to_num()), key
+    assert torch.equal(plain.embed(torch.tensor([5])), split.embed(torch.tensor([5])))
+
+
+def test_what_would_write_to_weights_on_disk_refuses(folders):
+    m = load_model(str(folders["llama"]), device_map=places("llama", "two layers on disk"))
+    without = orthogonalised(m, torch.ones(m.width))
+    with pytest.raises(ModelError, match="without quantization or offloading"), without:
+        pass
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nnsight_reads_what_capture_reads(models, name, adapted):
+    m = models[f"{name}-lora" if adapted else name]
+    layers = m.nnsight.base_model.model if adapted else m.nnsight
+    for part in m.structure.layers_path.split("."):
+        layers = getattr(layers, part)
+    with m.nnsight.trace(TEXTS[1]):
+        h = layers[1].output.save()
     want = capture(m, TEXTS[1], 1, "all")["resid_post"][0, 0]
     got = h if isinstance(h, torch.Tensor) else h[0]
-    assert (got.reshape(want.shape) - want).abs().max() <= 1e-5
+    assert torch.equal(got.reshape(want.shape), want)
 
 
 def test_a_folder_made_twice_is_the_same_model(tmp_path):

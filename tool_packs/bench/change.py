@@ -16,7 +16,7 @@ from tool_packs.bench.subject import Subject
 from tool_packs.diff import output, weights
 from tool_packs.directions import direction
 from tool_packs.generation import generate, next_token
-from tool_packs.patching import patch
+from tool_packs.patching import NoDifference, patch
 from tool_packs.prompts import read, word_ids
 from tool_packs.sae_model import from_first, states_of
 from tool_packs.steering import intervention
@@ -106,13 +106,19 @@ def _patching(s: Subject, layer: int) -> Tensor:
     def score(logits: Tensor) -> Tensor:
         return logits[:, ids[0]].logsumexp(1) - logits[:, ids[1]].logsumexp(1)
 
-    some = s.forced[:PATCHED]
+    shifts = []
     with s.m.base():
-        r = patch(
-            s.m, some, some, score, layers=[layer], positions="last", source=s.adapter,
-            n_control=0,
-        )  # fmt: skip
-    return r["metric"][:, 0, 0] - r["corrupt"]
+        for chat in s.forced[:PATCHED]:
+            try:
+                r = patch(
+                    s.m, chat, chat, score, layers=[layer], positions="last", source=s.adapter,
+                    n_control=0,
+                )  # fmt: skip
+            except NoDifference:  # from the base: the state has nothing to carry over
+                shifts.append(0.0)
+            else:
+                shifts.append((r["metric"][0, 0, 0] - r["corrupt"][0]).item())
+    return torch.tensor(shifts)
 
 
 def _sae_diff(s: Subject, k: int) -> Tensor:

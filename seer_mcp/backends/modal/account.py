@@ -101,6 +101,8 @@ def why(error: BaseException) -> str:
         )
     if isinstance(error, modal.exception.InvalidError):
         return f"Modal refused it: {said(error)}"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename} cannot be read: {error.strerror}"
     if isinstance(error, PASSING):
         return f"Modal cannot be reached ({said(error)})"
     return said(error)

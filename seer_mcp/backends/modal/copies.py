@@ -76,6 +76,13 @@ class Copies:
             app,
         )
         client = await self._account.client()
+        asked = {
+            "source": f"{VOLUME}/files",
+            "target": f"{VOLUME}/{place}",
+            "names": list(names),
+            "alias": alias,
+            "sync": VOLUME,
+        }
         try:
             there = await modal.Sandbox.create.aio(
                 "python",
@@ -84,6 +91,8 @@ class Copies:
                 name=name,
                 tags={**tags, HANDLE: name},
                 image=image,
+                # With the create, not by stdin: a machine whose maker has died does not wait for it.
+                secrets=[modal.Secret.from_dict({"SEER_COPY": json.dumps(asked)})],
                 timeout=SECONDS,
                 cpu=(CORES, CORES),
                 memory=MEBIBYTES,
@@ -92,20 +101,11 @@ class Copies:
                 client=client,
             )
         except modal.exception.AlreadyExistsError:  # another server of the workspace makes it
-            there = await modal.Sandbox.from_name.aio(APP, name, client=client)
-            await there.wait.aio(raise_on_termination=False)
+            with suppress(modal.exception.NotFoundError):  # it is over already
+                there = await modal.Sandbox.from_name.aio(APP, name, client=client)
+                await there.wait.aio(raise_on_termination=False)
             return
         try:
-            asked = {
-                "source": f"{VOLUME}/files",
-                "target": f"{VOLUME}/{place}",
-                "names": list(names),
-                "alias": alias,
-                "sync": VOLUME,
-            }
-            there.stdin.write(json.dumps(asked).encode() + b"\n")
-            there.stdin.write_eof()
-            await there.stdin.drain.aio()
             heard(await there.stdout.read.aio(), alias)
         finally:
             record = {"handle": name, "id": there.object_id}

@@ -27,7 +27,7 @@ from modal.output import OutputManager
 
 from ...environment import SandboxSpec
 from ...errors import BadInput, NotFound
-from ...files import private_dir, write_atomic
+from ...files import private_dir
 from .. import Place, Progress, hosting
 
 UV = "0.13.9"
@@ -112,10 +112,8 @@ class Images:
 
     def stage_text(self, name: str, text: str) -> Path:
         """A folder with one file, to be added to an image."""
-        folder = private_dir(self._folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
-        folder.mkdir(exist_ok=True)
-        write_atomic(folder / name, text.encode())
-        return folder
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._made_once(digest, lambda part: (part / name).write_text(text))
 
     def forget(self, name: str) -> None:
         """Make it anew the next time: Modal did not know a part of it any more."""
@@ -123,17 +121,26 @@ class Images:
 
     def _stage(self, digest: str, files: dict[str, Path]) -> Path:
         """A folder with these files, of the place where they will lie."""
-        folder = private_dir(self._folder) / digest
-        if not folder.exists():
-            part = self._folder / f".{digest}.{time.monotonic_ns()}.part"
+
+        def fill(part: Path) -> None:
             for name, path in files.items():
                 target = part / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
                 target.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+
+        return self._made_once(digest, fill)
+
+    def _made_once(self, digest: str, fill: Callable[[Path], object]) -> Path:
+        """The folder of that content. It appears whole and is not touched again: others may be sending it."""
+        folder = private_dir(self._folder) / digest
+        if not folder.exists():
+            part = self._folder / f".{digest}.{time.monotonic_ns()}.part"
+            part.mkdir()
+            fill(part)
             try:
                 part.rename(folder)
-            except OSError:  # another server was quicker
+            except OSError:  # another start was quicker
                 shutil.rmtree(part)
         return folder
 

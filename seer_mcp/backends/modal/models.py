@@ -267,32 +267,30 @@ class Models:
             app,
         )
         client = await self._account.client()
-        try:
-            there = await modal.Sandbox.create.aio(
-                "python",
-                f"{FETCHER}/fetch.py",
-                app=app,
-                name=model.volume,
-                tags={**tags, HANDLE: model.volume},
-                image=image,
-                secrets=[modal.Secret.from_dict({**self._env})],
-                timeout=FETCH_SECONDS,
-                cpu=(CORES, CORES),
-                memory=MEBIBYTES,
-                volumes={VOLUME: volume},
-                client=client,
-            )
-        except modal.exception.AlreadyExistsError:
-            return await modal.Sandbox.from_name.aio(APP, model.volume, client=client), False
-        try:
-            there.stdin.write(request(model, VOLUME, sync=True))
-            there.stdin.write_eof()
-            await there.stdin.drain.aio()
-        except BaseException:
-            record = {"handle": model.volume, "id": there.object_id}
-            await asyncio.shield(ModalSandbox(record, there).terminate(politely=False))
-            raise
-        return there, True
+        # With the create, not by stdin: a machine whose maker has died does not wait for it.
+        told = {**self._env, "SEER_FETCH": request(model, VOLUME, sync=True).decode()}
+        while True:
+            try:
+                there = await modal.Sandbox.create.aio(
+                    "python",
+                    f"{FETCHER}/fetch.py",
+                    app=app,
+                    name=model.volume,
+                    tags={**tags, HANDLE: model.volume},
+                    image=image,
+                    secrets=[modal.Secret.from_dict({**told})],
+                    timeout=FETCH_SECONDS,
+                    cpu=(CORES, CORES),
+                    memory=MEBIBYTES,
+                    volumes={VOLUME: volume},
+                    client=client,
+                )
+            except modal.exception.AlreadyExistsError:
+                with suppress(modal.exception.NotFoundError):  # it has just ended: ask again
+                    there = await modal.Sandbox.from_name.aio(APP, model.volume, client=client)
+                    return there, False
+            else:
+                return there, True
 
 
 async def manifest_of(volume: Any) -> Manifest | None:
