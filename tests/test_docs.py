@@ -140,6 +140,8 @@ def test_the_workflow_runs_the_whole_check_on_every_python_and_knows_no_secret()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
     assert sorted(pythons.split()) == sorted(named) and pythons.split()[-1] == named[0]
+    (tried,) = (step["env"]["SEER_MCP_CI_PYTHONS"] for step in job["steps"] if "env" in step)
+    assert tried.split() == named[1:]
     assert "secrets." not in text
 
 
