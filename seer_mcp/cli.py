@@ -197,7 +197,7 @@ def config_of(flags: argparse.Namespace) -> Config:
 
 
 def arm_faults(plan: str) -> None:
-    """Where SEER_MCP_FAULT wants this process killed (docs/reliability.md)."""
+    """Where SEER_MCP_FAULT wants this process killed (docs/fault-points.md)."""
     try:
         arm("" if in_host(plan) else plan)
     except ValueError as error:

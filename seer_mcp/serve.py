@@ -78,7 +78,7 @@ def add_serve(commands: Any, common: argparse.ArgumentParser) -> None:
         type=above_one,
         default=600,
         metavar="N",
-        help="requests that one owner may make in a minute (default: 600)",
+        help="requests that one owner may make in a minute, and as many of the pages (default: 600)",
     )
     serve.add_argument(
         "--team-backend",

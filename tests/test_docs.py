@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
 
 from seer_mcp.cli import parser
 
@@ -128,3 +130,23 @@ def test_every_row_of_the_faults_has_a_test_and_every_test_a_row() -> None:
     tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     named = {name.upper() for name in re.findall(r"def test_([bknopcdmxlsht]\d\d)_", tests)}
     assert named == set(rows)
+
+
+def test_the_workflow_runs_the_whole_check_on_every_python_and_knows_no_secret() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    (pythons,) = (step["with"]["python-version"] for step in job["steps"] if "with" in step)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    assert sorted(pythons.split()) == sorted(named) and pythons.split()[-1] == named[0]
+    (tried,) = (step["env"]["SEER_MCP_CI_PYTHONS"] for step in job["steps"] if "env" in step)
+    assert tried.split() == named[1:]
+    assert "secrets." not in text
+
+
+def test_what_the_whole_check_calls_is_there_and_can_be_run() -> None:
+    steps = re.findall(r"^\.ci/\w+$", (ROOT / ".ci" / "run").read_text(), re.M)
+    scripts = {path for path in (ROOT / ".ci").iterdir() if path.is_file() and not path.suffix}
+    assert {ROOT / step for step in steps} == scripts - {ROOT / ".ci" / "run"}
+    assert all(os.access(script, os.X_OK) for script in scripts)

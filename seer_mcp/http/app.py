@@ -101,7 +101,8 @@ def pages_of(server: SeerServer, access: Access, serving: Serving) -> list[BaseR
 
     source = ServerSource(server.register)
     secure = serving.url.startswith("https:")
-    return Pages(source, Visitors(check), secure=secure).routes()
+    often = Buckets(serving.calls_a_minute)  # apart from /mcp: who watches slows no agent down
+    return Pages(source, Visitors(check), secure=secure, wait=often.take).routes()
 
 
 async def serve_http(config: Config, serving: Serving) -> None:

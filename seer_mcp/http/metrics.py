@@ -25,6 +25,7 @@ from .. import __version__
 from ..observe import Call, RunFacts
 from ..server import SeerServer
 from ..sessions import Register
+from ..watch import BUTTONS
 
 CALL_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 1, 5, 15, 45, 120)
 RUN_SECONDS = (0.05, 0.5, 2, 10, 60, 600, 3600, 4 * 3600)
@@ -117,4 +118,4 @@ class Standing(Collector):
 
 def metrics_of(server: SeerServer, metadata: str) -> Route:
     """The route /metrics, for tokens with the scope admin."""
-    return Metrics(server.register, server.tool_names).route(metadata)
+    return Metrics(server.register, server.tool_names | BUTTONS).route(metadata)

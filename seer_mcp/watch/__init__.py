@@ -1,7 +1,7 @@
 """Pages for people who watch: sandboxes, and notebooks that grow while cells run."""
 
 from .routes import Pages
-from .source import FolderSource, ServerSource
+from .source import BUTTONS, FolderSource, ServerSource
 from .visitors import OneTime, Visitor, Visitors
 
-__all__ = ["FolderSource", "OneTime", "Pages", "ServerSource", "Visitor", "Visitors"]
+__all__ = ["BUTTONS", "FolderSource", "OneTime", "Pages", "ServerSource", "Visitor", "Visitors"]

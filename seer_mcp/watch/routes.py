@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
@@ -37,12 +38,20 @@ Handler = Callable[[Request, Visitor], Awaitable[Response]]
 
 class Pages:
     def __init__(
-        self, source: Source, visitors: Visitors, *, secure: bool, once: OneTime | None = None
+        self,
+        source: Source,
+        visitors: Visitors,
+        *,
+        secure: bool,
+        once: OneTime | None = None,
+        wait: Callable[[str], float] = lambda owner: 0.0,
     ) -> None:
+        """`wait` counts one more request of an owner: 0 if it may be made now, else the seconds to wait."""
         self._source = source
         self._visitors = visitors
         self._secure = secure
         self._once = once
+        self._wait = wait
         self._open = 0
         self._templates = Environment(
             loader=PackageLoader("seer_mcp.watch"), autoescape=True, undefined=StrictUndefined
@@ -83,6 +92,9 @@ class Pages:
                     return PlainTextResponse("Sign in first.", 401)
                 if request.method != "GET" and "origin" not in request.headers:
                     return PlainTextResponse("Invalid Origin header", 403)
+                if seconds := math.ceil(self._wait(visitor.owner)):
+                    says = f"Too many requests: come again in {seconds} s."
+                    return PlainTextResponse(says, 429, {"Retry-After": str(seconds)})
                 return await handler(request, visitor)
             except NotFound:
                 return self._page("missing.html", 404)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from ..sessions import Register, Session
 from ..sessions.record import read_record
 
 HISTORY = 200
+BUTTONS = frozenset(["page_interrupt", "page_stop", "page_share", "page_unshare"])
+"""As log, audit and figures name them, beside the tools."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,30 @@ class ServerSource:
         return self._register.config.home(owner).outputs
 
     async def interrupt(self, handle: str, owner: str) -> None:
-        await (await self._register.get(handle, owner)).interrupt("", True)
+        with self._noted("page_interrupt", handle, owner):
+            await (await self._register.get(handle, owner)).interrupt("", True)
 
     async def stop(self, handle: str, owner: str) -> None:
-        await self._register.stop(await self._register.get(handle, owner))
+        with self._noted("page_stop", handle, owner):
+            await self._register.stop(await self._register.get(handle, owner))
 
     async def share(self, handle: str, owner: str, shared: bool) -> None:
-        self._register.share(await self._register.get(handle, owner), shared)
+        with self._noted("page_share" if shared else "page_unshare", handle, owner):
+            self._register.share(await self._register.get(handle, owner), shared)
+
+    @contextmanager
+    def _noted(self, button: str, handle: str, owner: str) -> Generator[None]:
+        """In log and audit, as a call of a tool is."""
+        with self._register.observer.call(
+            button,
+            {"sandbox": handle},
+            known=frozenset(["sandbox"]),
+            changes=True,
+            owner=owner,
+            client="watch page",
+        ) as call:
+            yield
+            call.answered(False, 0)
 
     def _shown(self, session: Session, owner: str) -> Card:
         said: list[str] = []

@@ -98,6 +98,70 @@ async def test_the_interrupt_button_stops_a_cell(place: Ground) -> None:
         assert "interrupted" in await lab.ok("read_notebook", sandbox=handle)
 
 
+async def test_a_button_is_in_the_audit_as_a_call_is(place: Ground) -> None:
+    users = TokenFile(place.folder / "tokens.json")
+    anna, _ = users.create("anna", SCOPES[:3], 1)
+    config = place.config(team=True, team_backends=("local",))
+    async with (
+        http_server(config, users=users) as server,
+        server.lab(token=anna) as lab,
+        browser(server, anna) as http,
+    ):
+        handle = await lab.start()
+        for act in ("share", "unshare", "interrupt", "stop"):
+            assert (await http.post(f"/s/{handle}/{act}")).status_code == 303
+        assert (await http.post("/s/never-zzzzzz/stop")).status_code == 404
+    audit = (config.state_dir / "audit.jsonl").read_text()
+    lines = [json.loads(line) for line in audit.splitlines()]
+    buttons = [line for line in lines if line.get("tool", "").startswith("page_")]
+    begun = [
+        (line["tool"], line["owner"], line["client"], line["arguments"]["sandbox"])
+        for line in buttons
+        if line["event"] == "call"
+    ]
+    done = ["page_share", "page_unshare", "page_interrupt", "page_stop"]
+    assert begun == [
+        *((act, "anna", "watch page", handle) for act in done),
+        ("page_stop", "anna", "watch page", "never-zzzzzz"),
+    ]
+    outcomes = [line["outcome"] for line in buttons if line["event"] == "answer"]
+    assert outcomes == ["ok"] * 4 + ["error"]
+    (ended,) = (line for line in lines if line.get("did") == "ended")
+    assert ended["call"] == buttons[-4]["call"]
+
+
+async def refusal(http: httpx2.AsyncClient, path: str) -> httpx2.Response:
+    """The answer that says to come again later; a slow machine is let through now and then."""
+    for _ in range(100):
+        async with http.stream("GET", path) as answer:
+            if answer.status_code == 429:
+                await answer.aread()
+                return answer
+    raise AssertionError(f"{path} was never refused")
+
+
+async def test_so_many_pages_a_minute_for_each_owner(place: Ground) -> None:
+    users = TokenFile(place.folder / "tokens.json")
+    anna, _ = users.create("anna", SCOPES[:3], 1)
+    ben, _ = users.create("ben", ["sandboxes:read"], 1)
+    config = place.config(team=True, team_backends=("local",))
+    async with (
+        http_server(config, users=users, calls_a_minute=30) as server,
+        server.lab(token=anna) as lab,
+        browser(server, anna) as hers,
+        browser(server, ben) as his,
+    ):
+        handle = await lab.start()
+        file = f"/s/{handle}/notebook.ipynb"
+        assert [(await hers.get(file)).status_code for _ in range(30)] == [200] * 30
+        for path in (file, "/", "/cards", f"/s/{handle}", f"/s/{handle}/events", "/n/a/a.ipynb"):
+            refused = await refusal(hers, path)
+            assert handle not in refused.text
+            assert 1 <= int(refused.headers["retry-after"]) <= 2
+        assert (await his.get("/cards")).status_code == 200
+        await lab.ok("list_sandboxes")  # her agent goes on
+
+
 async def test_only_a_token_opens_the_pages(place: Ground) -> None:
     async with http_server(place.config()) as server, server.lab() as lab:
         handle = await lab.start(name="quiet")
