@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from tool_packs.directions import difference
-from tool_packs.engine import Batch, Intervention, all_logits, batches, step_logits
+from tool_packs.engine import (
+    Batch,
+    Intervention,
+    all_logits,
+    batches,
+    shown,
+    shown_batches,
+    step_logits,
+)
 from tool_packs.errors import ModelError, TextError
 from tool_packs.generation import complete, decode, last_logits
 from tool_packs.logit_lens import lens_vector
@@ -448,7 +456,7 @@ def _divergence(
     parts = torch.zeros(m.vocab_size, dtype=torch.float64)
     change = torch.zeros(m.vocab_size, dtype=torch.float64)
     best: list[tuple[float, int, int, int]] = []
-    for batch in _few(m, prompts):
+    for batch in shown(_few(m, prompts), "divergence"):
         with m.adapter(adapter):
             on = all_logits(m, batch).float().log_softmax(-1)  # [B, T, V]
         with m.base():
@@ -490,7 +498,7 @@ def _amplified_logits(
     """Greedy answers from base + factor * (adapter - base), each side under its own cache."""
     prompts = read(m, [as_chat(m, c) for c in convs])
     texts = [""] * len(prompts)
-    for batch in batches(m, prompts):
+    for batch in shown_batches(m, prompts, "amplified answers"):
         ids, mask, position = batch.ids, batch.mask, batch.positions
         caches: dict[str | None, Any] = {None: None, adapter: None}
         alive = torch.ones(len(batch.index), dtype=torch.bool, device=ids.device)
