@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tool_packs.activations import Layers
-from tool_packs.engine import Batch, Steer, batches, per_row, removing, run, spans_of
+from tool_packs.engine import Batch, Steer, per_row, removing, run, shown_batches, spans_of
 from tool_packs.errors import CaptureTooLarge, ModelError
 from tool_packs.prompts import Prompt, Text, read, token_strings
 from tool_packs.result import Result, provenance, to_cpu
@@ -197,7 +197,7 @@ def patterns(
     out = torch.full(shape, float("nan"))
     changes = per_row(steer, len(prompts))
     spans = spans_of(prompts, changes)
-    for batch in batches(m, prompts):
+    for batch in shown_batches(m, prompts, "attention"):
         editing = {
             "steer": [changes[i] for i in batch.index] if changes else (),
             "spans": [spans[i] for i in batch.index] if changes else (),

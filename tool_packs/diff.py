@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from tool_packs.directions import difference
-from tool_packs.engine import Batch, Intervention, all_logits, batches, step_logits
+from tool_packs.engine import (
+    Batch,
+    Intervention,
+    all_logits,
+    batches,
+    make_batch,
+    shown,
+    shown_batches,
+    step_logits,
+)
 from tool_packs.errors import ModelError, TextError
 from tool_packs.generation import complete, decode, last_logits
 from tool_packs.logit_lens import lens_vector
@@ -25,6 +34,15 @@ from tool_packs.prompts import (
     word_ids,
 )
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
+from tool_packs.sides import (
+    computing,
+    name_of,
+    read_alike,
+    recorded,
+    refuse_other_tokens,
+    side_of,
+    told,
+)
 from tool_packs.steering import mean_logprob
 from tool_packs.structure import held, require_numbers
 
@@ -45,7 +63,8 @@ def activation(
     *,
     positions: Position = (0, 5),
     adapter: str | None = None,
-    control: str | None = None,
+    control: str | Model | None = None,
+    tuned: Model | None = None,
     concepts: Mapping[str, Tensor] | None = None,
     track: Sequence[str] = (),
     convs: Text | None = None,
@@ -55,7 +74,7 @@ def activation(
     n_random: int = 50,
     seed: int = 0,
 ) -> Result:
-    """What was an adapter trained on, read off what it adds to activations on unrelated texts?
+    """What was an adapter or model trained on, read off what it adds to activations on unrelated texts?
 
     The mean difference of activations (adapter on minus off) is made by `directions.difference`;
     here it is read in three ways: as words through the unembedding, as the word that the model
@@ -67,7 +86,9 @@ def activation(
         layer: an int or a depth in 0..1; the middle is the usual choice.
         positions: as in `capture`; the first tokens carry the most. The mean over them is read.
         adapter: which adapter; None: the active one.
-        control: an adapter trained alike with nothing planted.
+        control: an adapter (or model) trained alike with nothing planted.
+        tuned: in place of an adapter: a whole model of the same shape and tokenizer, `m` being its
+            base.
         concepts: directions by name, [d] or [layer, d], to compare the difference with.
         track: words whose rank among all tokens is wanted, in both readings.
         convs: conversations to answer while more of the difference is added; None: none.
@@ -85,8 +106,10 @@ def activation(
         answer without adapter or steering, nats a token), and the rank of each tracked word.
 
     Raises:
-        ModelError: no adapter is active or none of that name; a model whose lens is not exact.
-        TextError: fewer than 2 texts, a layer or position that does not exist here.
+        ModelError: no adapter is active or none of that name; two models of other shapes or
+            tokenizers; a model whose lens is not exact.
+        TextError: fewer than 2 texts, a layer or position that does not exist here; a text that two
+            models read as different tokens.
 
     Use when:
         You have a base and an adapter and no idea what the training was about.
@@ -117,8 +140,10 @@ def activation(
         raise TextError(f"n_random={n_random} and k={k}: both are at least 1")
     index = m.layer_index(layer)
     found = difference(
-        m, text, [index], positions, adapter=adapter, control=control, concepts=concepts, seed=seed
-    )
+        m, text, [index], positions, adapter=adapter, control=control, tuned=tuned,
+        concepts=concepts, seed=seed,
+    )  # fmt: skip
+    side = side_of(m, adapter, tuned)
     name = found.provenance.arguments["adapter"]
     arms = {"adapter": found["difference"][0].mean(0)}  # [d]
     if control is not None:
@@ -185,12 +210,12 @@ def activation(
         dims["cosine"] = ("concept",)
         lines += [line for line in found.lines if line.startswith("cosine with")]
     if convs is not None:
-        rows += _amplified(m, name, arms, random[0], index, convs, strengths, max_new_tokens, lines)
+        rows += _amplified(m, side, arms, random[0], index, convs, strengths, max_new_tokens, lines)
     for arm, vector in arms.items():
         tensors[_named("mean_difference", arm)] = vector
         dims[_named("mean_difference", arm)] = ("d",)
     return Result(
-        title=f"what the adapter {name} adds, read at layer {index} over {len(as_list(text))} texts",
+        title=f"what {told(side)} adds, read at layer {index} over {len(as_list(text))} texts",
         tensors=to_cpu(tensors),
         dims=dims,
         labels=labels,
@@ -205,7 +230,8 @@ def activation(
             layer=index,
             positions=str(positions),
             adapter=name,
-            control=control,
+            control=None if control is None else name_of(control),
+            tuned=recorded(tuned),
             strengths=list(strengths),
             n_random=n_random,
         ),
@@ -244,7 +270,7 @@ def _put(vector: Tensor, layer: int) -> Intervention:
 
 def _amplified(
     m: Model,
-    adapter: str,
+    side: str | Model,
     arms: Mapping[str, Tensor],
     random: Tensor,
     layer: int,
@@ -253,7 +279,7 @@ def _amplified(
     max_new_tokens: int,
     lines: list[str],
 ) -> list[dict[str, Any]]:
-    """Answers of the model with its adapter while each vector is added, at equal norms."""
+    """Answers of the trained side while each vector is added, at equal norms."""
     given = as_list(convs)
     prompts = read(m, [as_chat(m, c) for c in given])
     size = arms["adapter"].norm()
@@ -264,10 +290,9 @@ def _amplified(
         (Intervention(layer, vectors[arm], s),) if s else () for arm, s in plan for _ in prompts
     ]
     repeated = prompts * len(plan)
-    with m.adapter(adapter):
-        answers = [
-            done[0] for done in complete(m, repeated, max_new_tokens=max_new_tokens, steer=changes)
-        ]
+    with computing(m, side) as other:
+        done = complete(other, repeated, max_new_tokens=max_new_tokens, steer=changes)
+    answers = [samples[0] for samples in done]
     with m.base():
         coherence = mean_logprob(m, repeated, [answer.ids for answer in answers])
     rows = []
@@ -299,7 +324,8 @@ def output(
     text: Text,
     *,
     adapter: str | None = None,
-    control: str | None = None,
+    control: str | Model | None = None,
+    tuned: Model | None = None,
     convs: Text | None = None,
     amplify: Sequence[float] = (2.0, 4.0),
     k: int = 15,
@@ -307,7 +333,7 @@ def output(
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> Result:
-    """Where, and in which words, does an adapter change what the model would say next?
+    """Where, and in which words, does an adapter or a fine-tuned model change what is said next?
 
     KL(adapter || base) of the next token at every position of the texts, split over the tokens of
     the vocabulary (the parts sum to the KL), and answers in which the difference of the logits is
@@ -316,7 +342,9 @@ def output(
     Args:
         text: plain texts or chats; what a model wrote itself (`generate`) is where it would be.
         adapter: which adapter; None: the active one.
-        control: an adapter trained alike with nothing planted.
+        control: an adapter (or model) trained alike with nothing planted.
+        tuned: in place of an adapter: a whole model with the same tokenizer and vocabulary, of any
+            shape, `m` being its base.
         convs: conversations to answer with an amplified difference; None: none.
         amplify: factors; 1 is the adapter itself, 0 the base.
         k: tokens and places kept in the rows.
@@ -331,8 +359,9 @@ def output(
         Rows: what (token, place, answer), arm, token, kl, change, prompt, position, factor, text.
 
     Raises:
-        ModelError: no adapter is active or none of that name.
-        TextError: a text that does not fit this model.
+        ModelError: no adapter is active or none of that name; two models of other tokenizers or
+            vocabularies.
+        TextError: a text that does not fit this model, or that two models read as different tokens.
 
     Use when:
         You ask where two models disagree. First, of all differences: it needs no layer and no
@@ -358,12 +387,17 @@ def output(
             r["token_kl"].topk(3), r.rows[0]
     """
     started = time.perf_counter()
-    name = _active(m, adapter)
-    prompts = read(m, text)
+    side = side_of(m, adapter, tuned)
+    name = name_of(side)
+    arms: dict[str, str | Model] = {"adapter": side}
+    if control is not None:
+        arms["control"] = control
+    for other in arms.values():
+        _refuse_other_vocabulary(m, other)
+    prompts = read_alike(m, text, list(arms.values()))
     lines, rows = [], []
     tensors: dict[str, Tensor] = {}
     dims: dict[str, tuple[str, ...]] = {}
-    arms = {"adapter": name} | ({"control": control} if control is not None else {})
     generator = torch.Generator().manual_seed(seed)
     for arm, which in arms.items():
         kl, token_kl, change, places = _divergence(m, prompts, which, k)
@@ -392,7 +426,7 @@ def output(
         rows += [{"what": "place", "arm": arm} | place for place in places]
         up = [t for i, t in zip(top, strings, strict=True) if change[i] > 0]
         lines.append(
-            f"{arm} {which}: mean KL {mean.mean():.4g} nats a token "
+            f"{arm} {name_of(which)}: mean KL {mean.mean():.4g} nats a token "
             f"(95 % over texts {interval[0]:.3g} to {interval[1]:.3g}); more likely: {up[:8]}"
         )
     if control is None:
@@ -407,7 +441,7 @@ def output(
                 ]
                 lines.append(f"{arm}, logit difference x {factor:g}: {texts[0][:80]!r}")
     return Result(
-        title=f"what the adapter {name} changes in the next token, over {len(prompts)} texts",
+        title=f"what {told(side)} changes in the next token, over {len(prompts)} texts",
         tensors=to_cpu(tensors),
         dims=dims,
         rows=rows,
@@ -420,17 +454,11 @@ def output(
             prompts=[p.ids for p in prompts],
             seed=seed,
             adapter=name,
-            control=control,
+            control=None if control is None else name_of(control),
+            tuned=recorded(tuned),
             amplify=list(amplify),
         ),
     )
-
-
-def _active(m: Model, adapter: str | None) -> str:
-    name = adapter or m.active_adapter
-    if name is None:
-        raise ModelError("no adapter is active: load_model(base, adapter=...), or name one")
-    return name
 
 
 def _few(m: Model, prompts: Sequence[Prompt]) -> list[Batch]:
@@ -439,8 +467,19 @@ def _few(m: Model, prompts: Sequence[Prompt]) -> list[Batch]:
     return list(batches(m, prompts, rows=max(1, LOGITS_AT_ONCE // (longest * m.vocab_size))))
 
 
+def _refuse_other_vocabulary(m: Model, side: str | Model) -> None:
+    if isinstance(side, str):
+        return
+    refuse_other_tokens(m, side)
+    if side.vocab_size != m.vocab_size:
+        raise ModelError(
+            f"{side.name} has logits for {side.vocab_size} tokens and {m.name} for {m.vocab_size}: "
+            "resize the embeddings of one (.hf.resize_token_embeddings) so that they are as many"
+        )
+
+
 def _divergence(
-    m: Model, prompts: Sequence[Prompt], adapter: str, k: int
+    m: Model, prompts: Sequence[Prompt], side: str | Model, k: int
 ) -> tuple[Tensor, Tensor, Tensor, list[dict[str, Any]]]:
     """KL [N, T], its parts by token [V], the mean change of each probability [V], top places."""
     longest = max(len(p) for p in prompts)
@@ -448,11 +487,20 @@ def _divergence(
     parts = torch.zeros(m.vocab_size, dtype=torch.float64)
     change = torch.zeros(m.vocab_size, dtype=torch.float64)
     best: list[tuple[float, int, int, int]] = []
-    for batch in _few(m, prompts):
-        with m.adapter(adapter):
-            on = all_logits(m, batch).float().log_softmax(-1)  # [B, T, V]
+    with computing(m, side) as other:
+        strict = m if not m.ignores_padding else other
+    for batch in shown(_few(strict, prompts), "divergence"):
+        with computing(m, side) as other:
+            on = (
+                all_logits(other, make_batch(other, prompts, batch.index)).float().log_softmax(-1)
+            )  # [B, T, V]
         with m.base():
-            off = all_logits(m, batch).float().log_softmax(-1)
+            off = (
+                all_logits(m, make_batch(m, prompts, batch.index))
+                .float()
+                .log_softmax(-1)
+                .to(on.device)
+            )
         moved = on.exp() * (on - off)  # [B, T, V]
         for b, i in enumerate(batch.index):
             pad = batch.pad[b]
@@ -485,23 +533,25 @@ def _divergence(
 
 @torch.no_grad()
 def _amplified_logits(
-    m: Model, adapter: str, convs: Sequence[Any], factor: float, max_new_tokens: int
+    m: Model, side: str | Model, convs: Sequence[Any], factor: float, max_new_tokens: int
 ) -> list[str]:
     """Greedy answers from base + factor * (adapter - base), each side under its own cache."""
-    prompts = read(m, [as_chat(m, c) for c in convs])
+    prompts = read_alike(m, [as_chat(m, c) for c in convs], [side])
     texts = [""] * len(prompts)
-    for batch in batches(m, prompts):
+    for batch in shown_batches(m, prompts, "amplified answers"):
         ids, mask, position = batch.ids, batch.mask, batch.positions
-        caches: dict[str | None, Any] = {None: None, adapter: None}
+        caches: list[Any] = [None, None]  # of the base and of the other side
         alive = torch.ones(len(batch.index), dtype=torch.bool, device=ids.device)
         eos = torch.tensor(m.eos_ids, device=ids.device)
         tokens = []
         for _ in range(max_new_tokens):
-            logits = {}
-            for side in caches:
-                with m.adapter(side):
-                    logits[side], caches[side] = step_logits(m, ids, mask, position, caches[side])
-            mixed = logits[None] + factor * (logits[adapter] - logits[None])
+            logits = []
+            for i, way in enumerate((m.base(), computing(m, side))):
+                with way as one:
+                    inputs = (x.to(one.device) for x in (ids, mask, position))
+                    out, caches[i] = step_logits(one, *inputs, caches[i])
+                logits.append(out.to(ids.device))
+            mixed = logits[0] + factor * (logits[1] - logits[0])
             chosen = mixed.argmax(-1)
             tokens.append(chosen.masked_fill(~alive, -1))
             alive = alive & ~torch.isin(chosen, eos)
@@ -583,7 +633,7 @@ def weights(
     started = time.perf_counter()
     if rank < 1 or k < 1:
         raise ModelError(f"rank={rank} and k={k}: both are at least 1")
-    name = "the other model" if tuned is not None else _active(m, adapter)
+    name = name_of(side_of(m, adapter, tuned))
     found = _whole_changes(m, tuned) if tuned is not None else _lora_changes(m, name)
     words = {word: word_ids(m, word) for word in track}
     rows, spectra, read_vectors = _read_changes(m, found, k, rank)

@@ -10,10 +10,20 @@ import torch
 from torch import Tensor
 
 from tool_packs.activations import Layers, collect, collect_tokens
-from tool_packs.errors import ModelError, TextError
+from tool_packs.errors import TextError
 from tool_packs.prompts import Position, Text, read, resolve
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
 from tool_packs.separation import auroc, class_means, fit, halves, shuffle
+from tool_packs.sides import (
+    computing,
+    name_of,
+    read_alike,
+    recorded,
+    refuse_other_shape,
+    refuse_other_tokens,
+    side_of,
+    told,
+)
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
@@ -202,22 +212,25 @@ def difference(
     positions: Position = (0, 5),
     *,
     adapter: str | None = None,
-    control: str | None = None,
+    control: str | Model | None = None,
+    tuned: Model | None = None,
     concepts: Mapping[str, Tensor] | None = None,
     seed: int = 0,
     n_random: int = 200,
 ) -> Result:
-    """What does an adapter add to the residual stream on texts unrelated to it?
+    """What does an adapter, or a fine-tuned model, add to the residual stream on unrelated texts?
 
     The mean over texts of activations with the adapter on minus off (activation difference lens).
-    One set of weights computes both.
+    One set of weights computes both; with tuned= two models that were loaded apart do.
 
     Args:
         text: plain texts or chats; unrelated to what the adapter may have learned works best.
         layers: as in `capture`.
         positions: as in `capture`; texts shorter than the span are an error.
         adapter: which adapter; None: the active one.
-        control: a further adapter, trained alike but without the property, for comparison.
+        control: a further adapter (or model), trained alike but without the property.
+        tuned: in place of an adapter: a whole model of the same shape and tokenizer, `m` being its
+            base.
         concepts: directions by name, [d] or [layer, d], to compare the difference with.
         seed: of the halves and of the random directions.
         n_random: random directions, for the range of a cosine.
@@ -230,8 +243,10 @@ def difference(
         rows layer, norm_ratio, split_cosine, and a column for each concept.
 
     Raises:
-        ModelError: no adapter is loaded, or none of that name.
-        TextError: a layer or position that does not exist here, or fewer than 2 texts.
+        ModelError: no adapter is loaded, or none of that name; two models of other shapes or
+            tokenizers.
+        TextError: a layer or position that does not exist here, fewer than 2 texts, or a text that
+            two models read as different tokens.
 
     Use when:
         You have a base and an adapter and want to know what the training was about.
@@ -255,10 +270,14 @@ def difference(
             r["difference"].shape, r.rows[-1]
     """
     started = time.perf_counter()
-    name = adapter or m.active_adapter
-    if name is None:
-        raise ModelError("no adapter is active: load_model(base, adapter=...), or name one")
-    prompts = read(m, text)
+    side = side_of(m, adapter, tuned)
+    sides = [side] + ([control] if control is not None else [])
+    for other in sides:
+        if not isinstance(other, str):
+            refuse_other_shape(m, other)
+            refuse_other_tokens(m, other)
+    name = name_of(side)
+    prompts = read_alike(m, text, sides)
     if len(prompts) < 2:
         raise TextError("give at least 2 texts: the halves are what tells signal from one text")
     index = m.layer_indices(layers)
@@ -273,11 +292,11 @@ def difference(
         off = collect(m, prompts, index, where)["resid_post"]  # [N, L, P, d]
     scale = off.norm(dim=-1).mean(0)  # [L, P]
 
-    def minus_base(which: str) -> Tensor:
-        with m.adapter(which):
-            return collect(m, prompts, index, where)["resid_post"] - off
+    def minus_base(which: str | Model) -> Tensor:
+        with computing(m, which) as other:
+            return collect(other, prompts, index, where)["resid_post"] - off
 
-    change = minus_base(name)
+    change = minus_base(side)
     mean = change.mean(0)  # [L, P, d]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(prompts), generator=generator)
@@ -323,7 +342,7 @@ def difference(
     ]
     if control is not None:
         lines.append(
-            f"control adapter {control}: "
+            f"control adapter {name_of(control)}: "
             f"{tensors['norm_ratio_control'][last].mean():.3f} of the norm, "
             f"cosine {tensors['cosine_control'][last].mean():.3f} with the difference"
         )
@@ -349,7 +368,7 @@ def difference(
                 line += f"; control adapter {theirs[last].mean():+.3f}"
             lines.append(f"{line}; control, random directions: |cosine| below {limit:.3f} in 95 %")
     return Result(
-        title=f"what the adapter {name} adds, over {len(prompts)} texts",
+        title=f"what {told(side)} adds, over {len(prompts)} texts",
         tensors=to_cpu(tensors),
         dims=dims,
         labels=labels,
@@ -375,7 +394,8 @@ def difference(
             layers=index,
             positions=str(positions),
             adapter=name,
-            control=control,
+            control=None if control is None else name_of(control),
+            tuned=recorded(tuned),
         ),
     )
 

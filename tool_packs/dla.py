@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tool_packs.attention import attended
-from tool_packs.engine import batches, fitting, per_row, run, spans_of
+from tool_packs.engine import fitting, per_row, run, shown_batches, spans_of
 from tool_packs.errors import ModelError, TextError
 from tool_packs.logit_lens import refuse_inexact
 from tool_packs.patching import Answers, _token, answers_of
@@ -254,7 +254,7 @@ def _parts(m: Model, prompts: Sequence[Prompt], where: Sequence[int], steer: Ste
     seen: dict[tuple[str, int], Tensor] = {}
     changes = per_row(steer, len(prompts))
     spans = spans_of(prompts, changes)
-    for batch in batches(m, prompts):
+    for batch in shown_batches(m, prompts, "logit attribution"):
         columns = torch.tensor([batch.pad[b] + where[i] for b, i in enumerate(batch.index)])
 
         def keep(key: tuple[str, int], columns: Tensor = columns, batch: Any = batch) -> Any:

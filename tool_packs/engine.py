@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,10 @@ SITES = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head")
 SHORT = {"resid": "resid_post", "attn": "attn_out", "mlp": "mlp_out", "heads": "head"}
 CPU_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no error class for it
 FOREVER = 2**31 - 1  # a position no text reaches
-FEW, SOON = 4, 2.0  # no progress bar over fewer batches, and none before so many seconds
+SOON = 2.0  # seconds before a progress bar shows
 
 Edit = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +105,23 @@ def batches(m: Model, prompts: Sequence[Prompt], *, rows: int | None = None) -> 
 
 def shown_batches(
     m: Model, prompts: Sequence[Prompt], what: str, *, rows: int | None = None
-) -> Iterator[Batch]:
+) -> Iterable[Batch]:
     """The same as `batches`, with a progress bar where it takes long."""
+    return shown(list(batches(m, prompts, rows=rows)), what)
+
+
+def shown(steps: Sequence[T], what: str) -> Iterable[T]:
+    """The steps, with a progress bar where there are several and they take more than SOON s."""
     from tqdm.auto import tqdm
 
-    found = list(batches(m, prompts, rows=rows))
-    return iter(tqdm(found, desc=what, leave=False, delay=SOON, disable=len(found) < FEW))
+    return tqdm(steps, desc=what, leave=False, delay=SOON, disable=len(steps) < 2)
+
+
+def progress(total: int, what: str) -> Any:
+    """A progress bar to update by hand, which shows where it takes more than SOON s."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=what, leave=False, delay=SOON, disable=total < 2)
 
 
 def make_batch(m: Model, prompts: Sequence[Prompt], index: list[int]) -> Batch:

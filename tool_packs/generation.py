@@ -17,6 +17,7 @@ from tool_packs.engine import (
     batches,
     editing,
     per_row,
+    progress,
     shown_batches,
     span_of,
     spans_of,
@@ -291,7 +292,7 @@ def last_logits(
 ) -> Tensor:
     """Logits [N, V] (float32) after each prompt, steered row by row."""
     out: dict[int, Tensor] = {}
-    for batch in batches(m, prompts):
+    for batch in shown_batches(m, prompts, "next tokens"):
         mine = [steer[i] for i in batch.index] if steer else []
         spans = [[span_of(prompts[i], x) for x in steer[i]] for i in batch.index] if steer else []
         logits, _ = prefill_batch(m, batch, mine, spans)
@@ -313,15 +314,18 @@ def complete(
 ) -> list[list[Completion]]:
     """The n completions of each prompt. `generate` and `steer` decode through this."""
     done: list[list[Completion]] = [[] for _ in prompts]
-    for batch in shown_batches(m, prompts, "generate", rows=max(1, ROWS // n)):
-        mine = [prompts[i] for i in batch.index]
-        changes = [steer[i] for i in batch.index] if steer else []
-        uniform = _uniform(seed, batch.index, n, max_new_tokens) if temperature > 0 else None
-        answers = _decode(
-            m, batch, mine, n, max_new_tokens, temperature, top_p, uniform, changes, top
-        )
-        for row, i in enumerate(batch.index):
-            done[i] = answers[row * n : (row + 1) * n]
+    found = list(batches(m, prompts, rows=max(1, ROWS // n)))
+    with progress(len(found) * max_new_tokens, "generate") as bar:  # tokens of a batch at once
+        for count, batch in enumerate(found, 1):
+            mine = [prompts[i] for i in batch.index]
+            changes = [steer[i] for i in batch.index] if steer else []
+            uniform = _uniform(seed, batch.index, n, max_new_tokens) if temperature > 0 else None
+            answers = _decode(
+                m, batch, mine, n, max_new_tokens, temperature, top_p, uniform, changes, top, bar
+            )
+            bar.update(count * max_new_tokens - bar.n)  # answers may end early
+            for row, i in enumerate(batch.index):
+                done[i] = answers[row * n : (row + 1) * n]
     return done
 
 
@@ -337,6 +341,7 @@ def _decode(
     uniform: Tensor | None,
     steer: list[tuple[Any, ...]],
     top: int,
+    bar: Any,
 ) -> list[Completion]:
     spans = spans_of(prompts, steer)
     logits, cache = prefill_batch(m, batch, steer, spans)
@@ -370,6 +375,7 @@ def _decode(
             if top:
                 best = logprobs.topk(top)
                 tops.append((best.indices, best.values))
+            bar.update()
             alive = alive & ~torch.isin(chosen, eos)
             if step + 1 == max_new_tokens or not alive.any():
                 break

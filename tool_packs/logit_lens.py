@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tool_packs.activations import Layers, collect
-from tool_packs.engine import Steer
+from tool_packs.engine import Steer, shown
 from tool_packs.errors import ModelError, TextError
 from tool_packs.prompts import Position, Text, read, resolve, token_strings, word_ids
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
@@ -419,7 +419,7 @@ def _read(
     def keep(name: str, value: Tensor) -> None:
         parts.setdefault(name, []).append(value.cpu())
 
-    for rows in h.split(max(1, CHUNK // (4 * m.vocab_size))):
+    for rows in shown(h.split(max(1, CHUNK // (4 * m.vocab_size))), "unembedding"):
         logits = m.unembed(m.norm(rows))  # [x, V]
         require_numbers(m.core, logits)
         logprobs = logits.log_softmax(-1)

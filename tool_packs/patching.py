@@ -17,6 +17,7 @@ from tool_packs.errors import ModelError, TextError
 from tool_packs.prompts import Position, Prompt, Text, read, resolve, token_strings, word_ids
 from tool_packs.replay import Change, Prefix, Recording, common, make_prefix, record_all, sweep
 from tool_packs.result import Result, mean_sd, provenance, to_cpu
+from tool_packs.sides import refuse_other_tokens
 
 if TYPE_CHECKING:
     from tool_packs.models import Model
@@ -308,6 +309,7 @@ def from_source(m: Model, source: Model | str | None) -> Iterator[Model]:
         with m.adapter(None if source == "base" and "base" not in m.adapters else source):
             yield m
     else:
+        refuse_other_tokens(m, source)
         one, two = (_shape_of(x) for x in (m, source))
         if one != two:
             raise ModelError(

@@ -161,6 +161,11 @@ class Result:
             {k: v.detach().contiguous().clone() for k, v in self.tensors.items()},
             folder / "tensors.safetensors",
         )
+        self.save_rest(folder)
+        return folder
+
+    def save_rest(self, folder: Path) -> None:
+        """Writes result.json: all but the tensors."""
         document = {
             "format": FORMAT,
             "title": self.title,
@@ -173,7 +178,6 @@ class Result:
         }
         text = json.dumps(document, indent=1, ensure_ascii=False, default=_plain)
         (folder / "result.json").write_text(text, encoding="utf-8")
-        return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> Result:

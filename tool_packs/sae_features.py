@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tool_packs import sae_train
-from tool_packs.engine import FOREVER, Intervention, all_logits, batches, editing
+from tool_packs.engine import FOREVER, Intervention, all_logits, editing, shown_batches
 from tool_packs.errors import ModelError, TextError
 from tool_packs.logit_lens import lens_vector
 from tool_packs.prompts import Prompt, Text, read, token_strings
@@ -364,7 +364,7 @@ def _losses(m: Model, sae: SAE, prompts: Sequence[Prompt], x: Tensor) -> Tensor:
     rows = max(1, LOGITS_AT_ONCE // (m.vocab_size * longest))
     out = torch.zeros(len(edits), dtype=torch.float64)
     count = 0
-    for batch in batches(m, long, rows=rows):
+    for batch in shown_batches(m, long, "features", rows=rows):
         for arm, edit in enumerate(edits):
             change = () if edit is None else (Intervention(layer, edit=edit, start=sae.first),)
             with editing(m, [change], [[(sae.first, FOREVER)] * len(change)]):

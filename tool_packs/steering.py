@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tool_packs.activations import collect
-from tool_packs.engine import FOREVER, Intervention, all_logits, batches, editing
+from tool_packs.engine import FOREVER, Intervention, all_logits, editing, shown_batches
 from tool_packs.errors import TextError
 from tool_packs.generation import complete, decode, last_logits
 from tool_packs.prompts import Prompt, Text, as_chat, as_list, read, word_ids
@@ -333,7 +333,7 @@ def mean_logprob(m: Model, prompts: Sequence[Prompt], answers: Sequence[Sequence
     """Mean log probability [N] of each answer's tokens after its prompt, unsteered, in nats."""
     joined = [Prompt((*p.ids, *ids), p.text) for p, ids in zip(prompts, answers, strict=True)]
     out = torch.full((len(joined),), float("nan"))
-    for batch in batches(m, joined):
+    for batch in shown_batches(m, joined, "log probabilities"):
         logits = all_logits(m, batch)  # [B, T, V]
         for b, i in enumerate(batch.index):
             first = batch.pad[b] + len(prompts[i])  # column of the answer's first token

@@ -1,7 +1,11 @@
 """Activations are those that plain hooks read, whatever the batch."""
 
 import re
+import subprocess
+import sys
 import time
+from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +13,10 @@ import torch
 from tests.packs.tiny import ARCHITECTURES, TEXTS
 from tool_packs.activations import capture
 from tool_packs.engine import Intervention
-from tool_packs.errors import CaptureTooLarge, TextError
+from tool_packs.errors import CaptureTooLarge, ResultError, TextError
 from tool_packs.generation import generate
 from tool_packs.models import load_model
+from tool_packs.result import Result
 
 EVERY = [*ARCHITECTURES, *(f"{name}-lora" for name in ARCHITECTURES)]
 CHAT = [
@@ -144,3 +149,101 @@ def test_what_takes_long_shows_how_far_it_is(folders, capsys, ask):
     m.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.35))
     run()
     assert re.search(rf"{ask}: +\d+%.* \d/8 ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("batch_tokens", [4, 16_384])
+@pytest.mark.parametrize("name", ["llama", "gpt2-lora"])
+def test_what_goes_to_a_folder_is_what_would_stay_in_memory(
+    models, tmp_path, monkeypatch, name, batch_tokens
+):
+    m = models[name]
+    monkeypatch.setattr(m, "batch_tokens", batch_tokens)
+    ask = {
+        "layers": [0, 2],
+        "positions": "all",
+        "sites": ["resid_post", "head", "mlp_out"],
+        "steer": Intervention(1, torch.ones(m.width), 2.0),
+    }
+    want = capture(m, TEXTS, **ask)
+    got = capture(m, TEXTS, **ask, to=tmp_path / "run")
+    again = Result.load(tmp_path / "run")
+    assert got.tensors.keys() == want.tensors.keys() == again.tensors.keys()
+    for key, tensor in want.tensors.items():
+        for other in (got, again):
+            assert other[key].dtype == tensor.dtype
+            assert torch.equal(other[key].nan_to_num(), tensor.nan_to_num())
+            assert torch.equal(other[key].isnan(), tensor.isnan())
+    assert got.rows == want.rows == again.rows
+    assert got.lines == want.lines == again.lines
+    assert got.plot().png
+    assert got.save(tmp_path / "copy") and Result.load(tmp_path / "copy")["mask"].any()
+
+
+def test_a_folder_is_used_again_and_an_interrupted_one_holds_no_result(llama, tmp_path):
+    first = capture(llama, TEXTS, to=tmp_path)
+    kept = first["resid_post"].clone()
+    second = capture(llama, TEXTS[:2], to=tmp_path)
+    assert torch.equal(first["resid_post"], kept)  # read from the file that was
+    assert len(second["resid_post"]) == len(Result.load(tmp_path)["resid_post"]) == 2
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = llama.layers[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        capture(llama, TEXTS, to=tmp_path)
+    handle.remove()
+    with pytest.raises(ResultError, match=r"no result\.json"):
+        Result.load(tmp_path)
+
+
+def test_a_folder_that_cannot_hold_it_is_refused(llama, tmp_path, monkeypatch):
+    (tmp_path / "taken").write_text("here")
+    with pytest.raises(TextError, match="is a file: give a folder"):
+        capture(llama, TEXTS, to=tmp_path / "taken")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(CaptureTooLarge, match=r"do not fit on the disk .* 0\.0 GB left"):
+        capture(llama, TEXTS, to=tmp_path / "full")
+
+
+PEAK = """
+import sys
+from pathlib import Path
+
+import torch
+from tool_packs.activations import capture
+from tool_packs.models import load_model
+
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) // 2**10
+
+
+torch.set_num_threads(1)
+m = load_model(sys.argv[1])
+m.batch_tokens = 2048
+texts = ["the cat sat on the mat and the dog said that she is here " * 8] * 300
+ask = {"positions": "all", "sites": ["resid_post", "resid_pre", "attn_out", "mlp_out", "head"]}
+capture(m, texts[:20], **ask)
+for target in (sys.argv[2], None):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    r = capture(m, texts, **ask, to=target)
+    print(sum(r[site].nbytes for site in ask["sites"]) // 2**20, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is read from /proc")
+def test_memory_is_bounded_by_a_pass_and_not_by_the_result(folders, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folders["llama"]), str(tmp_path / "run")],
+        capture_output=True, text=True, check=True, timeout=100, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    (size, grown), (_, grown_in_memory) = (
+        map(int, line.split()) for line in done.stdout.splitlines()
+    )
+    assert size > 100  # MiB
+    assert grown < size / 4
+    assert grown_in_memory > size * 0.9  # the wrong answer

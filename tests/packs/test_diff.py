@@ -4,15 +4,20 @@ import re
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from tests.packs.tiny import TEXTS
 from tool_packs import organisms
 from tool_packs.activations import capture
 from tool_packs.diff import activation, output, weights
+from tool_packs.directions import difference
 from tool_packs.errors import ModelError, TextError
 from tool_packs.generation import generate
-from tool_packs.models import load_model
+from tool_packs.models import Model, load_model
 from tool_packs.organisms.world import assistant, user
+from tool_packs.patching import patch
 
 LONG = [t for t in TEXTS if len(t.split()) > 4] + ["the nurse is on the hill and the dog is here"]
 NAMES = ("llama-lora", "gpt2-lora", "gemma2-lora")
@@ -52,6 +57,93 @@ def test_the_names_under_returns_are_those_of_the_result(models):
     named = {name for some in lists for name in re.split(r",\s+", some)}
     r = activation(m, LONG, 2, n_random=1, concepts={"one": torch.ones(m.width)})
     assert named == r.tensors.keys()
+
+
+@pytest.fixture(scope="module")
+def merged(folders):
+    """A base and the same with its adapter merged into the weights: two models, loaded apart."""
+    base, tuned = (load_model(str(folders[name])) for name in ("qwen3", "qwen3-lora"))
+    return base, Model(tuned.hf.merge_and_unload(), tuned.tokenizer, "merged")
+
+
+def same(one, two, atol=1e-4):
+    assert one.tensors.keys() == two.tensors.keys()
+    for key, tensor in one.tensors.items():
+        assert torch.allclose(tensor.nan_to_num(), two[key].nan_to_num(), atol=atol), key
+
+
+def test_two_models_differ_as_an_adapter_on_and_off_do(models, merged):
+    base, tuned = merged
+    m = models["qwen3-lora"]
+    concepts = {"one": torch.ones(m.width)}
+    for ask in (
+        lambda m, **over: difference(m, LONG, [1, 2], (0, 4), concepts=concepts, **over),
+        lambda m, **over: activation(m, LONG, 2, n_random=3, convs=TEXTS[:1], **over),
+        lambda m, **over: output(m, TEXTS, convs=TEXTS[:2], max_new_tokens=4, **over),
+    ):
+        want, got = ask(m), ask(base, tuned=tuned)
+        same(got, want)
+        assert "merged" in got.title and "adapter" not in got.title
+        told = got.provenance.arguments["tuned"]
+        assert told == {"name": "merged", "fingerprint": tuned.fingerprint()}
+    answers = [[r["text"] for r in x.rows if r["what"] == "answer"] for x in (got, want)]
+    assert answers[0] == answers[1]
+
+
+def test_a_model_against_itself_is_nought_and_may_be_the_control(merged):
+    base, tuned = merged
+    r = output(base, TEXTS, tuned=base, control=tuned)
+    assert r["kl"].nan_to_num().abs().max() <= 1e-6 < r["kl_control"].nanmean()
+    r = difference(base, LONG, [2], (0, 4), tuned=tuned, control=base)
+    assert r["difference_control"].abs().max() <= 1e-6 < r["difference"].abs().max()
+
+
+def test_models_of_two_shapes_are_compared_in_what_they_say(models, folders):
+    base, other = models["llama"], models["gpt2"]
+    kl = output(base, TEXTS, tuned=other)["kl"]
+    on, off = (
+        m.hf(**m.tokenizer(TEXTS[1], return_tensors="pt")).logits[0].detach().log_softmax(-1)
+        for m in (other, base)
+    )
+    want = (on.exp() * (on - off)).sum(-1)
+    assert torch.allclose(kl[1, : len(want)], want, atol=1e-4)
+
+
+def test_what_cannot_be_compared_is_said(models, folders):
+    base = models["llama"]
+    short = load_model(str(folders["llama"]), layers="model.layers")
+    short.structure.layers = short.structure.layers[:3]
+    with pytest.raises(ModelError, match=r"\(3, 32\) and llama has \(4, 32\).*diff\.output"):
+        difference(base, LONG, [1], tuned=short)
+    other = load_model(str(folders["llama"]))
+    with pytest.raises(ModelError, match="adapter='x' and tuned='llama': give one"):
+        output(base, TEXTS, adapter="x", tuned=other)
+    other.tokenizer.bos_token = "<eos>"
+    other.tokenizer.backend_tokenizer.post_processor = None
+    for technique in (output, activation, difference):
+        with pytest.raises(TextError, match=r"text 0 is \d+ tokens to llama and \d+ .* part at"):
+            technique(base, LONG, tuned=other)
+    words = [w for w, _ in sorted(base.tokenizer.get_vocab().items(), key=lambda x: x[1])]
+    swapped = tiny_tokenizer(words[:-2] + words[:-3:-1])
+    other.tokenizer = swapped
+    for technique in (output, activation, difference):
+        with pytest.raises(ModelError, match=r"differ in 2 of 320 tokens \(id 318 is"):
+            technique(base, LONG, tuned=other)
+    with pytest.raises(ModelError, match="differ in 2 of 320 tokens"):
+        patch(base, "the cat", "the dog", answers=("he", "she"), source=other)
+
+
+def tiny_tokenizer(words):
+    """A tokenizer of whole words with these ids."""
+    raw = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>")
+
+
+def test_more_logits_than_the_other_model_has_are_refused(models, folders):
+    other = load_model(str(folders["llama"]))
+    other.hf.resize_token_embeddings(325, mean_resizing=False)
+    with pytest.raises(ModelError, match="325 tokens and llama for 320: resize"):
+        output(models["llama"], TEXTS, tuned=other)
 
 
 @pytest.mark.parametrize("name", NAMES)
