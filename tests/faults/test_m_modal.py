@@ -611,7 +611,11 @@ async def test_m_what_an_image_is_made_of_reaches_the_wire_in_layers(
         assert f"/uv:{UV} " in layer and "uv pip install" in layer
     assert "ipykernel" in base and "einops" not in base
     assert "einops==0.8.1" in packages and "ipykernel" not in packages
-    steps = ("git clone --quiet https://example.org/lab/tools.git /work/lib/tools", "v1.0", "-e /work")
+    steps = (
+        "git clone --quiet https://example.org/lab/tools.git /work/lib/tools",
+        "v1.0",
+        "-e /work",
+    )
     assert [repos.find(step) >= 0 for step in steps] == [True] * 3
     assert sorted(map(repos.find, steps)) == list(map(repos.find, steps))
     assert not [layer for layer in layers if "notes.txt" in layer or "/seer/code" in layer]
