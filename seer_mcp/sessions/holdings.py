@@ -44,6 +44,11 @@ class Leftover:
         cost = f" It cost {self.meter.so_far()}." if self.meter is not None else ""
         return SandboxUnavailable(f"{self.reason} {self.unsure}{cost}")
 
+    def over(self) -> SandboxUnavailable:
+        """The same when its end is confirmed."""
+        cost = f" It cost {self.meter.so_far()}." if self.meter is not None else ""
+        return SandboxUnavailable(f"{self.reason} What it had left has ended.{cost}")
+
 
 class Holdings:
     def __init__(self, config: Config, packs: Packs, only: str | None = None) -> None:

@@ -452,6 +452,11 @@ class Starts:
                         left.meter.note()
                 else:
                     del self._held.ending[session.handle]
+                    if session.meter is not None:
+                        session.meter.note(closed=True)
+                    start = self._held.starting.get(session.handle)
+                    if start is not None:
+                        start.failed = left.over()
             self._cleared(session, path, source)
 
         self._held.own(insist())

@@ -1305,14 +1305,14 @@ except OSError as error:
 async def the_network_can_be_shut_out(bench: Bench) -> None:
     bench.needs("network")
     server = await asyncio.start_server(lambda r, w: w.close(), "127.0.0.1", 0)
-    address = server.sockets[0].getsockname()
+    # A machine elsewhere does not reach this one: its harness names an address that all reach.
+    address = getattr(bench.harness, "public", None) or server.sockets[0].getsockname()
     box = await bench.start(network=False)
     try:
         assert (await box.run(REACH % address)).text() == "shut out\n"
         assert "shut out" in (await box.command(f'python -c "{REACH % address}"')).text()
         other = await bench.box()
-        if not bench.harness.lacks.get("loopback"):
-            assert (await other.run(REACH % address)).text() == "reached\n"
+        assert (await other.run(REACH % address)).text() == "reached\n"
     finally:
         server.close()
         await box.end()

@@ -150,3 +150,37 @@ class ModalHarness:
     def alive(self) -> list[dict[str, Any]]:
         """Rows of the ledger that are not closed, billed already or not."""
         return [row for row in self.control.ledger() if row["ended"] is None]
+
+
+class LiveHarness(ModalHarness):
+    """Does its harm with commands in the sandbox: nobody has a hand on the machine itself there."""
+
+    patience = 300.0
+    public = ("1.1.1.1", 443)
+    """An address that a machine anywhere reaches."""
+
+    async def within(self, sandbox: Sandbox, *command: str) -> str:
+        there: Any = sandbox._there  # type: ignore[attr-defined]
+        process = await there.exec.aio(*command)
+        said = await process.stdout.read.aio()
+        await process.wait.aio()
+        return said
+
+    async def kill_host(self, sandbox: Sandbox) -> None:
+        await self.within(sandbox, "pkill", "-9", "-f", "kernel_host$")
+
+    @asynccontextmanager
+    async def frozen(self, sandbox: Sandbox) -> AsyncGenerator[None]:
+        await self.within(sandbox, "pkill", "-STOP", "-f", "kernel_host$")
+        try:
+            yield
+        finally:
+            await self.within(sandbox, "pkill", "-CONT", "-f", "kernel_host$")
+
+    async def left(self, handle: str) -> list[str]:
+        found: list[str] = []
+        for record in await self.backend.sweep(""):
+            if record["handle"] == handle and (there := await self.backend.find(record)):
+                listed = await self.within(there, "ps", "-eo", "args")
+                found += [f"sandbox {record['id']}", *listed.splitlines()]
+        return found

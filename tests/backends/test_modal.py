@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from ..modal_cloud.control import Controller
 from ..modal_cloud.fixtures import available, client_environment, running_cloud
 from .contract import CANARY, CHECKS, Bench, Check
-from .modal_ground import GPU, ModalHarness
+from .modal_ground import GPU, LiveHarness, ModalHarness
 
 pytestmark = [
     pytest.mark.anyio,
@@ -84,6 +86,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 async def test_contract(bench: Bench, check: Check) -> None:
     await check(bench)
+
+
+BY_HAND = {
+    "a_broken_interpreter_fails_with_its_log_and_leaves_nothing",
+    "a_frozen_host_is_unreachable_in_bounded_time_and_comes_back",
+    "what_was_left_running_ends_with_the_sandbox",
+    "the_death_of_a_host_is_seen_and_leaves_nothing",
+    "the_network_can_be_shut_out",
+}
+
+
+@pytest.mark.parametrize(
+    "harm", [c for c in CHECKS if c.__name__ in BY_HAND], ids=lambda c: c.__name__
+)
+async def test_the_live_lists_own_harm_is_done_here_too(
+    control: Controller, tmp_path: Path, harm: Check
+) -> None:
+    """What test_modal_live.py does to machines that nobody has a hand on, where it can be tried."""
+    harness = LiveHarness(control, tmp_path, None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        harness.public = server.getsockname()
+        if "broken" in harm.__name__:
+            await harness.make_broken()
+        made = Bench(harness)
+        try:
+            await harm(made)
+        finally:
+            await made.close()
+    assert harness.alive() == []
 
 
 def test_the_short_list_names_checks() -> None:

@@ -20,7 +20,9 @@ import modal
 import pytest
 
 from seer_mcp.backends.modal import ModalBackend, backend, sandbox
+from seer_mcp.backends.modal.image import UV
 from seer_mcp.environment import SandboxSpec
+from seer_mcp.environment.spec import Repo
 from seer_mcp.errors import BadInput, EndUnconfirmed, SandboxStartFailed, SandboxUnreachable
 from seer_mcp.kernel_host.keep import GROW_SECONDS
 
@@ -576,6 +578,61 @@ async def test_m_a_changed_pack_or_file_builds_nothing(bench: Bench, control: Co
         await made.terminate(politely=False)
         builds.append(control.stats()["builds"])
     assert builds[0] == builds[1]
+
+
+@first("gpu")
+async def test_m_what_an_image_is_made_of_reaches_the_wire_in_layers(
+    bench: Bench, control: Controller, way: str
+) -> None:
+    """What changes seldom lies below; packs and files are in none of them, but sent beside the image."""
+    notes = bench.harness.folder / "notes.txt"  # type: ignore[attr-defined]
+    notes.write_text("first")
+    pack = next(iter(bench.harness.place("m-layers", "").packs.values()))
+    repo = Repo(url="https://example.org/lab/tools.git", ref="v1.0", install=True, path="lib/tools")
+    asked: dict[str, Any] = {
+        "system_packages": ("tmux",),
+        "python_packages": ("einops==0.8.1",),
+        "repos": (repo,),
+        "docker": True,
+        "files": {"notes.txt": str(notes)},
+    }
+
+    async def made(number: int) -> dict[str, Any]:
+        handle = f"m-layers-{way}-{number}"
+        await (await begin(bench, handle, **asked)).terminate(politely=False)
+        return control.definition(sandbox=handle)
+
+    before = control.stats()["builds"]
+    one = await made(1)
+    layers = ["\n".join(commands) for commands in control.layers(image=one["imageId"])]
+    _, system, base, packages, repos = layers
+    assert all(f" {name}" in system for name in ("git", "procps", "tmux", "docker.io"))
+    for layer in (base, packages):
+        assert f"/uv:{UV} " in layer and "uv pip install" in layer
+    assert "ipykernel" in base and "einops" not in base
+    assert "einops==0.8.1" in packages and "ipykernel" not in packages
+    steps = (
+        "git clone --quiet https://example.org/lab/tools.git /work/lib/tools",
+        "v1.0",
+        "-e /work",
+    )
+    assert [repos.find(step) >= 0 for step in steps] == [True] * 3
+    assert sorted(map(repos.find, steps)) == list(map(repos.find, steps))
+    assert not [layer for layer in layers if "notes.txt" in layer or "/seer/code" in layer]
+    assert one["experimentalOptionsV2"] == {"enable_docker": "True"}
+    builds = control.stats()["builds"]
+
+    notes.write_text("second")
+    pack.write_text("ANSWER = 43\n")
+    two = await made(2)
+    assert control.stats()["builds"] == builds
+    assert two["imageId"] == one["imageId"] and two["mountIds"] != one["mountIds"]
+
+    asked["python_packages"] = (f"einops==0.7.{len(way)}", way)  # nobody has built that yet
+    three = await made(3)
+    assert control.stats()["builds"] == builds + 2  # that layer, and the one upon it
+    assert control.layers(image=three["imageId"])[:3] == control.layers(image=one["imageId"])[:3]
+    assert builds - before <= 5
 
 
 async def test_m_docker_and_the_allowed_domains_reach_the_create(bench: Bench) -> None:

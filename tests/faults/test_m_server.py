@@ -23,6 +23,7 @@ import pytest
 from seer_mcp.money import parse_allowance
 from seer_mcp.sessions import register as register_module
 from seer_mcp.sessions import session as session_module
+from seer_mcp.sessions import starts as starts_module
 
 from ..modal_cloud.control import Controller
 from ..modal_cloud.fixtures import RunningCloud, available, client_environment, running_cloud
@@ -92,10 +93,10 @@ async def ready(lab: Lab, handle: str, seconds: float = 40.0) -> dict[str, Any]:
     raise AssertionError(f"{handle} was not ready in {seconds} s")
 
 
-async def says(lab: Lab, text: str, seconds: float = 20.0) -> str:
-    """What list_sandboxes says as soon as it holds `text`."""
+async def says(lab: Lab, text: str, seconds: float = 20.0, there: bool = True) -> str:
+    """What list_sandboxes says as soon as it holds `text`, or no longer does."""
     end = time.monotonic() + seconds
-    while text not in (listed := await lab.ok("list_sandboxes")):
+    while (text in (listed := await lab.ok("list_sandboxes"))) != there:
         assert time.monotonic() < end, listed
         await asyncio.sleep(0.1)
     return listed
@@ -374,6 +375,114 @@ async def test_m05_a_server_killed_in_mid_cell_is_followed_by_the_next_one(
     (path,) = place.project.glob("outputs/*/*.ipynb")
     assert streams(read_cells(path)[0]).split("\n") == [*(f"line {i}" for i in range(400)), ""]
     assert billing(control) == []
+
+
+# -- Modal's API is away for minutes --------------------------------------------------------------
+
+AWAY = ["down", pytest.param("mute", marks=pytest.mark.slow)]
+
+
+def go_away(control: Controller, how: str) -> None:
+    """The control plane refuses every call, or takes them and never answers."""
+    if how == "down":
+        control.down(seconds=3600)
+    else:
+        for rpc in ("Sandbox*", "App*", "Image*", "Volume*", "Mount*", "Secret*", "Environment*"):
+            control.fault(rpc=rpc, delay=3600, times=0)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five minutes, compressed: of what is waited for, a small part."""
+    from seer_mcp.backends.modal import backend, sandbox
+
+    for module in (backend, sandbox):
+        monkeypatch.setattr(module, "ASK_SECONDS", 1.5)
+    monkeypatch.setattr(backend, "ANSWER_SECONDS", 6.0)
+    monkeypatch.setattr(sandbox, "END_SECONDS", 3.0)
+    monkeypatch.setattr(sandbox, "POLITE_SECONDS", 1.0)
+    monkeypatch.setattr(sandbox, "CLOSING_SECONDS", 2.0)
+    for module in (session_module, starts_module):
+        monkeypatch.setattr(module, "INSIST_SECONDS", 1.0)
+
+
+@pytest.mark.parametrize("how", ["down", "mute"])
+async def test_m_an_api_that_is_away_refuses_a_start_in_one_sentence(
+    lab: Lab, control: Controller, hurried: None, how: str
+) -> None:
+    go_away(control, how)
+    first = await lab.call("start_sandbox", backend="modal", gpu=GPU)
+    said = text_of(first)
+    if not first.is_error:
+        said = await says(lab, "did not start", 90)
+    assert "Modal cannot be reached" in said and "Traceback" not in said
+    assert control.ledger() == []
+    control.forgive()
+    handle = await lab.start(backend="modal", gpu=GPU)
+    assert "2" in text_of(await lab.cell(handle, "1 + 1"))
+
+
+@pytest.mark.parametrize("how", AWAY)
+async def test_m_an_api_that_is_away_leaves_the_work_and_is_told_at_the_end(
+    lab: Lab, control: Controller, hurried: None, how: str
+) -> None:
+    handle = await lab.start(backend="modal")
+    id = live(lab, handle).record()["sandbox"]["id"]
+    go_away(control, how)
+    assert "2" in text_of(await lab.cell(handle, "1 + 1"))  # the line is another
+    assert f"{handle}: modal" in await lab.ok("list_sandboxes")
+    control.fault(rpc="Task*", status="FAILED_PRECONDITION", times=0)  # now the line is down too
+    control.cut()
+    began = time.monotonic()
+    listed = await lab.ok("list_sandboxes")
+    assert "no answer" in listed and "so far" in listed
+    stopped = await lab.no("stop_sandbox", sandbox=handle)
+    assert f"STILL BILLING: sandbox {handle} ({id})" in stopped and "cannot be reached" in stopped
+    assert "STILL BILLING" in await lab.ok("list_sandboxes")
+    assert "STILL BILLING" in await lab.no("create_cell", sandbox=handle, source="1")
+    assert time.monotonic() - began < 60
+    assert billing(control) == [handle]
+    control.forgive()
+    await until(lambda: billing(control) == [], 30)
+    assert "STILL BILLING" not in await says(lab, f"{handle}: ended")
+
+
+@pytest.mark.parametrize("how", AWAY)
+async def test_m_an_api_that_goes_away_in_a_start_keeps_what_is_billed_in_sight(
+    lab: Lab, control: Controller, hurried: None, how: str
+) -> None:
+    control.capacity(T4=0)
+    first = await lab.call("start_sandbox", backend="modal", gpu=GPU)
+    handle = first.meta["seer/starting"]
+    go_away(control, how)
+    control.capacity(T4=1)  # it gets its machine while nobody can be told
+    await until(lambda: billing(control) == [handle], 20)
+    assert "waiting for 1 × T4" in await lab.ok("list_sandboxes")
+    began = time.monotonic()
+    said = await lab.no("stop_sandbox", sandbox=handle)
+    assert time.monotonic() - began < 45
+    assert f"STILL BILLING: sandbox {handle}" in said and "cannot be reached" in said
+    assert "STILL BILLING" in await lab.ok("list_sandboxes")
+    control.forgive()
+    await until(lambda: billing(control) == [], 30)
+    listed = await says(lab, "STILL BILLING", there=False)
+    assert f"{handle}: The sandbox did not start" in listed
+    assert "What it had left has ended. It cost $" in listed
+
+
+async def test_m_a_start_outlives_an_api_that_was_away(
+    lab: Lab, control: Controller, hurried: None
+) -> None:
+    control.capacity(T4=0)
+    first = await lab.call("start_sandbox", backend="modal", gpu=GPU)
+    handle = first.meta["seer/starting"]
+    control.down(seconds=3600)
+    control.capacity(T4=1)
+    calls = sum(control.calls().values())
+    await until(lambda: sum(control.calls().values()) > calls + 6, 60)  # it has asked in vain
+    control.forgive()
+    assert (await ready(lab, handle, 60))["kernel"] == "ready"
+    assert "2" in text_of(await lab.cell(handle, "1 + 1"))
 
 
 # -- the laptop sleeps ----------------------------------------------------------------------------

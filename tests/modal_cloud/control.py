@@ -13,6 +13,7 @@ import urllib.request
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+from google.protobuf.json_format import MessageToDict
 
 if TYPE_CHECKING:
     from .cloud import Cloud
@@ -53,6 +54,19 @@ class Commands:
     async def forget_images(self) -> None:
         """The next build of anything is a real one."""
         self._cloud.images.cache.clear()
+
+    async def layers(self, image: str) -> list[list[str]]:
+        """The commands of each layer of an image, as its definitions came: the lowest first."""
+        found: list[list[str]] = []
+        while image:
+            one = self._cloud.images.get(image)
+            found.insert(0, one.commands)
+            image = one.bases[0] if one.bases else ""
+        return found
+
+    async def definition(self, sandbox: str) -> dict[str, Any]:
+        """What a create asked for, as JSON of the protocol's message, by the sandbox's id or name."""
+        return MessageToDict(self._cloud.find(sandbox).definition)
 
     async def deduplicate(self, on: bool) -> None:
         """Whether a create sent again with the same idempotency key is answered again."""

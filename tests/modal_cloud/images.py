@@ -51,6 +51,7 @@ class Image:
     created: float = field(default_factory=time.time)
     expires: float | None = None
     snapshot: bool = False
+    bases: list[str] = field(default_factory=list)
 
     def metadata(self) -> api_pb2.ImageMetadata:
         return api_pb2.ImageMetadata(
@@ -125,6 +126,7 @@ class Images:
             {name: value for base in bases for name, value in base.env.items()},
             bases[-1].workdir if bases else "/root",
             [layer for base in bases for layer in base.layers],
+            bases=[base.id for base in bases],
         )
         for command in image.commands:
             word, _, rest = command.strip().partition(" ")

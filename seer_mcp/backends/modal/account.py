@@ -20,6 +20,7 @@ APP = "seer-mcp"
 # Tags of a sandbox: whose it is, which installation's, and its handle.
 OWNER, INSTANCE, HANDLE = "seer-owner", "seer-instance", "seer-handle"
 ASK_SECONDS = 20.0  # that one question may take; the client asks an API that is away for a minute
+ANSWER_SECONDS = 60.0  # that one step of a start has where nothing is being made
 RATES_SECONDS = 3.0
 RATES_FOR = 3600.0
 AGAIN = "or set MODAL_TOKEN_ID and MODAL_TOKEN_SECRET, and start this server anew"
@@ -111,7 +112,9 @@ def why(error: BaseException) -> str:
 def said(error: BaseException) -> str:
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
     text = text if len(text) <= 300 else f"{text[:299]}…"
-    return text.rstrip(".") or type(error).__name__
+    return text.rstrip(".") or (
+        "no answer" if isinstance(error, TimeoutError) else type(error).__name__
+    )
 
 
 def unreachable(handle: str, error: BaseException) -> SandboxUnreachable:

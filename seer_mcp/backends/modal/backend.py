@@ -32,6 +32,7 @@ from ...money import (
 )
 from .. import Place, Progress, Record, hosting
 from .account import (
+    ANSWER_SECONDS,
     APP,
     ASK_SECONDS,
     BROKEN,
@@ -92,13 +93,15 @@ class ModalBackend:
         lasts = self._lasts(spec, await self._priced(spec))
         try:
             report("asking Modal for its app")
-            app = await self._account.app()
-            secrets = await self._secrets(spec, place)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                app = await self._account.app()
+                secrets = await self._secrets(spec, place)
             tags = self._tags(place.owner, place.handle)
             volumes, spec = await self.models.ready(spec, place, tags, app, report)
             report("looking for the image")
             image, name = await self._images.ready(spec, place, app, report)
-            arguments = await self._arguments(spec, place, lasts, image, secrets, volumes)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                arguments = await self._arguments(spec, place, lasts, image, secrets, volumes)
         except BROKEN as error:
             raise not_started(error, getattr(error, "log", "")) from error
         sandbox = await self._create(spec, place, app, arguments, name, report)
@@ -244,8 +247,9 @@ class ModalBackend:
         end = time.monotonic() + ABANDON_SECONDS
         while not creating.done() and time.monotonic() < end:
             with suppress(*BROKEN):
-                if await self._by_name(sandbox_name(handle), {INSTANCE: self._instance}):
-                    break
+                async with asyncio.timeout(ABANDON_SECONDS):
+                    if await self._by_name(sandbox_name(handle), {INSTANCE: self._instance}):
+                        break
             await asyncio.wait([creating], timeout=0.25)
         if not creating.done():
             creating.cancel()

@@ -37,6 +37,7 @@ FILES = "/seer/files"  # copies of the spec's, to be copied into the working fol
 WORK = "/work"
 LOG_LINES = 40
 REPORT_SECONDS = 0.5
+BUILD_SECONDS = 3600.0  # for an image to be built: an API that says nothing must not be waited for
 DOCKER = ("docker.io", "docker-buildx")
 
 
@@ -150,7 +151,8 @@ async def build(image: Any, app: Any, report: Progress) -> Any:
     log = BuildLog(report)
     token = _BUILD.set(log)
     try:
-        return await image.build.aio(app)
+        async with asyncio.timeout(BUILD_SECONDS):
+            return await image.build.aio(app)
     except modal.exception.ImageBuildError as error:
         error.log = log.text()  # type: ignore[attr-defined]
         raise

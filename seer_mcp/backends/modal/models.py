@@ -38,7 +38,7 @@ from ...model_store import (
     with_base,
 )
 from .. import Place, Progress
-from .account import APP, HANDLE, Account
+from .account import ANSWER_SECONDS, APP, HANDLE, Account
 from .copies import Copies
 from .image import PYTHON, UV, Images
 from .sandbox import THERE, ModalSandbox
@@ -223,8 +223,9 @@ class Models:
         volume = modal.Volume.from_name(
             model.volume, create_if_missing=True, version=2, client=client
         )
-        await volume.hydrate.aio(client)
-        manifest = await manifest_of(volume)
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await volume.hydrate.aio(client)
+            manifest = await manifest_of(volume)
         if manifest is None:
             manifest = await self._fetch(model, label, volume, tags, app, report)
         return volume, manifest
