@@ -87,12 +87,13 @@ class Copies:
             there = await modal.Sandbox.create.aio(
                 "python",
                 f"{PROGRAM}/staging.py",
+                json.dumps(
+                    asked
+                ),  # not by stdin: a machine whose maker has died does not wait for it
                 app=app,
                 name=name,
                 tags={**tags, HANDLE: name},
                 image=image,
-                # With the create, not by stdin: a machine whose maker has died does not wait for it.
-                secrets=[modal.Secret.from_dict({"SEER_COPY": json.dumps(asked)})],
                 timeout=SECONDS,
                 cpu=(CORES, CORES),
                 memory=MEBIBYTES,

@@ -269,17 +269,18 @@ class Models:
         )
         client = await self._account.client()
         # With the create, not by stdin: a machine whose maker has died does not wait for it.
-        told = {**self._env, "SEER_FETCH": request(model, VOLUME, sync=True).decode()}
+        told = request(model, VOLUME, sync=True).decode().strip()
         while True:
             try:
                 there = await modal.Sandbox.create.aio(
                     "python",
                     f"{FETCHER}/fetch.py",
+                    told,
                     app=app,
                     name=model.volume,
                     tags={**tags, HANDLE: model.volume},
                     image=image,
-                    secrets=[modal.Secret.from_dict({**told})],
+                    secrets=[modal.Secret.from_dict({**self._env})],
                     timeout=FETCH_SECONDS,
                     cpu=(CORES, CORES),
                     memory=MEBIBYTES,
