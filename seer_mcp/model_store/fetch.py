@@ -1,6 +1,6 @@
 """Fetch one model of the hub into one folder. Runs alone, wherever huggingface_hub is installed.
 
-Reads one line of JSON from stdin, or SEER_FETCH of its environment where that is set: name,
+Reads JSON, its one argument or without one a line of stdin: name,
 revision ("" for the main branch), folder, and if wanted token, endpoint, sync (true: `sync FOLDER`
 before and after the manifest, for a volume that commits then), every (seconds between lines of
 progress), tries and pause (of failures that may pass), and timeout (seconds that the hub has for
@@ -764,7 +764,7 @@ def load_hub() -> Any:
 
 
 def main() -> None:
-    config = json.loads(os.environ.get("SEER_FETCH") or sys.stdin.readline())
+    config = json.loads(sys.argv[1] if len(sys.argv) > 1 else sys.stdin.readline())
     lines = Lines(config.get("token"))
     try:
         hub = load_hub()

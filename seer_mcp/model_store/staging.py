@@ -418,8 +418,8 @@ def link_or_copy(here: str, there: str) -> None:
         shutil.copyfile(here, there)
 
 
-def main(read: Callable[[], str] = lambda: os.environ["SEER_COPY"]) -> None:
-    """{"source", "target", "names", "alias", "sync"} in SEER_COPY; {"done"} or {"failed"} on stdout.
+def main(read: Callable[[], str] = lambda: sys.argv[1]) -> None:
+    """{"source", "target", "names", "alias", "sync"} as its argument; {"done"} or {"failed"} on stdout.
 
     Names that the source tells of itself are taken out as well. A file beside the target holds what
     came of it; it is written last. `sync`: a folder whose files must be on their disk then.

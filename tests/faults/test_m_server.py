@@ -27,6 +27,7 @@ from seer_mcp.sessions import starts as starts_module
 
 from ..modal_cloud.control import Controller
 from ..modal_cloud.fixtures import RunningCloud, available, client_environment, running_cloud
+from ..models.hub import open_hub
 from ..support import Lab, open_lab, read_cells, streams, text_of, until
 from ..team.test_tenancy import team
 from .ground import Ground, raw_server, raw_start, raw_text
@@ -36,6 +37,7 @@ pytestmark = [
     pytest.mark.skipif(not available(), reason="the control plane's machines need root"),
 ]
 GPU = "T4"
+BASE = Path(__file__).parent.parent.parent / "tool_packs" / "organisms" / "weights" / "base"
 
 
 @pytest.fixture(scope="module")
@@ -483,6 +485,34 @@ async def test_m_a_start_outlives_an_api_that_was_away(
     control.forgive()
     assert (await ready(lab, handle, 60))["kernel"] == "ready"
     assert "2" in text_of(await lab.cell(handle, "1 + 1"))
+
+
+async def test_m08_a_machine_that_fetches_a_model_is_said_to_bill_until_its_end_is_confirmed(
+    tmp_path: Path, control: Controller, hurried: None
+) -> None:
+    with open_hub() as hub:
+        hub.add_folder("lab/base", BASE)
+        hub.fault("/repos/", hold=1 << 20)
+        fetch_env = {"HF_ENDPOINT": hub.url}
+        async with open_lab(tmp_path, max_wait=5.0, fetch_env=fetch_env) as lab:
+            (lab.folder / "project" / "study").mkdir()
+            (lab.folder / "project" / "study" / "investigation.toml").write_text(
+                '[sandbox]\nbackend = "modal"\nbudget = "$1"\n[[models]]\nname = "lab/base"\n'
+            )
+            first = await lab.call("start_sandbox", investigation="study")
+            handle = first.meta["seer/starting"]
+            await says(lab, "fetching lab/base: 1.")
+            (fetcher,) = billing(control)
+            control.fault(rpc="SandboxTerminate*", status="PERMISSION_DENIED", times=0)
+            said = await lab.no("stop_sandbox", sandbox=handle)
+            assert f"STILL BILLING: sandbox {fetcher}" in said
+            tried = control.calls()["SandboxTerminateV2"]
+            await until(lambda: control.calls()["SandboxTerminateV2"] > tried + 2, 30)
+            assert "STILL BILLING" in await lab.ok("list_sandboxes")
+            assert billing(control) == [fetcher]
+            control.forgive()
+            await until(lambda: billing(control) == [], 30)
+            await says(lab, "STILL BILLING", there=False)
 
 
 # -- the laptop sleeps ----------------------------------------------------------------------------

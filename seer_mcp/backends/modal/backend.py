@@ -330,6 +330,7 @@ class ModalBackend:
     async def clear(self, handle: str) -> None:
         """Raises EndUnconfirmed if something may run under this handle and Modal cannot be asked."""
         await self._clear(handle, sure=False)
+        await self.models.ending.again()
 
     async def _clear(self, handle: str, sure: bool) -> None:
         """`sure`: nothing was asked for, so that an API that cannot be reached has nothing of ours."""

@@ -6,7 +6,6 @@ and nothing else of the volume.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from ...errors import ModelUnavailable
 from ...model_store import HubModel, not_hidden, staging
 from .account import APP, HANDLE, Account
 from .image import PYTHON, Images
-from .sandbox import ModalSandbox
+from .sandbox import Ending
 
 VOLUME = "/model"  # where the machine that copies has the volume
 PROGRAM = "/seer/copy"
@@ -32,8 +31,9 @@ COPIES = "copies"  # a folder of the volume
 
 
 class Copies:
-    def __init__(self, account: Account, images: Images) -> None:
+    def __init__(self, account: Account, images: Images, ending: Ending) -> None:
         self._account = account
+        self._ending = ending
         self._images = images
 
     async def made(
@@ -87,12 +87,13 @@ class Copies:
             there = await modal.Sandbox.create.aio(
                 "python",
                 f"{PROGRAM}/staging.py",
+                json.dumps(
+                    asked
+                ),  # not by stdin: a machine whose maker has died does not wait for it
                 app=app,
                 name=name,
                 tags={**tags, HANDLE: name},
                 image=image,
-                # With the create, not by stdin: a machine whose maker has died does not wait for it.
-                secrets=[modal.Secret.from_dict({"SEER_COPY": json.dumps(asked)})],
                 timeout=SECONDS,
                 cpu=(CORES, CORES),
                 memory=MEBIBYTES,
@@ -108,8 +109,7 @@ class Copies:
         try:
             heard(await there.stdout.read.aio(), alias)
         finally:
-            record = {"handle": name, "id": there.object_id}
-            await asyncio.shield(ModalSandbox(record, there).terminate(politely=False))
+            await self._ending.end(name, there)
 
 
 def heard(output: str, alias: str) -> None:

@@ -41,7 +41,7 @@ from .. import Place, Progress
 from .account import ANSWER_SECONDS, APP, HANDLE, Account
 from .copies import Copies
 from .image import PYTHON, UV, Images
-from .sandbox import THERE, ModalSandbox
+from .sandbox import THERE, Ending
 
 HUB_CLIENT = "huggingface_hub>=1,<3"
 PLACES = "/models"  # where a kernel finds them, by numbers: a path names no model
@@ -63,7 +63,8 @@ class Models:
         self._env |= config.secrets.at_hand(["HF_TOKEN"])
         self._env |= {name: value for name, value in config.fetch_env.items() if name in FETCHING}
         self._images = images
-        self._copies = Copies(account, images)
+        self.ending = Ending()
+        self._copies = Copies(account, images, self.ending)
 
     async def ready(
         self,
@@ -250,8 +251,7 @@ class Models:
             manifest = await follow(lines_of(there), model, told)
         finally:
             if ours:  # it ends by itself; also where it was cut off, and says so to nobody
-                record = {"handle": model.volume, "id": there.object_id}
-                await asyncio.shield(ModalSandbox(record, there).terminate(politely=False))
+                await self.ending.end(model.volume, there)
         # What another machine committed counts, where both ended.
         return await manifest_of(volume) or manifest
 
@@ -269,17 +269,18 @@ class Models:
         )
         client = await self._account.client()
         # With the create, not by stdin: a machine whose maker has died does not wait for it.
-        told = {**self._env, "SEER_FETCH": request(model, VOLUME, sync=True).decode()}
+        told = request(model, VOLUME, sync=True).decode().strip()
         while True:
             try:
                 there = await modal.Sandbox.create.aio(
                     "python",
                     f"{FETCHER}/fetch.py",
+                    told,
                     app=app,
                     name=model.volume,
                     tags={**tags, HANDLE: model.volume},
                     image=image,
-                    secrets=[modal.Secret.from_dict({**told})],
+                    secrets=[modal.Secret.from_dict({**self._env})],
                     timeout=FETCH_SECONDS,
                     cpu=(CORES, CORES),
                     memory=MEBIBYTES,

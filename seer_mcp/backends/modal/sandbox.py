@@ -230,6 +230,25 @@ class ModalSandbox:
         return self._log
 
 
+class Ending:
+    """Ends machines that help a start; those whose end is not confirmed are kept until it is."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, ModalSandbox] = {}
+
+    async def end(self, name: str, there: Any) -> None:
+        """Raises EndUnconfirmed."""
+        self._left[name] = ModalSandbox({"handle": name, "id": there.object_id}, there)
+        await asyncio.shield(self._left[name].terminate(politely=False))
+        self._left.pop(name, None)
+
+    async def again(self) -> None:
+        """End what is left. Raises EndUnconfirmed."""
+        for name, sandbox in list(self._left.items()):
+            await sandbox.terminate(politely=False)
+            self._left.pop(name, None)
+
+
 class Transfer:
     """One run of kernel_host.transfer in the sandbox, as a context."""
 
