@@ -167,8 +167,7 @@ def test_only_the_upper_floors_know_the_protocol() -> None:
 def test_only_config_reads_the_environment() -> None:
     for path in FILES:
         text = path.read_text()
-        alone = path.name in ("fetch.py", "staging.py")  # each runs as the program of a machine
-        if room_of(path) not in ("config", "cli", "demo", "kernel_host") and not alone:
+        if room_of(path) not in ("config", "cli", "demo", "kernel_host"):
             assert "os.environ" not in text and "getenv" not in text, path
 
 
