@@ -70,9 +70,9 @@ def capture(
 
     Returns:
         Result: for each site a tensor [prompt, layer, position, d] ("head": [prompt, layer,
-        position, head, head_dim]) in float32, nan where a prompt has fewer positions; mask
-        [prompt, position]; positions [prompt, position] (-1 where there is none); rows prompt,
-        text, tokens, positions.
+        position, head, head_dim]) in float32, nan where a prompt has fewer positions, and its norm
+        as "SITE_norm" [prompt, layer, position]; mask [prompt, position]; positions [prompt,
+        position] (-1 where there is none); rows prompt, text, tokens, positions.
 
     Raises:
         TextError: a layer, position or site that does not exist here; `to` that is a file.

@@ -237,8 +237,9 @@ def difference(
 
     Returns:
         Result: difference [layer, position, d], norm_ratio [layer, position] (its norm over the
-        mean norm of the residual stream), split_cosine [layer, position] (between the means of two
-        halves of the texts); with control= difference_control and norm_ratio_control of the same
+        mean norm of the residual stream), resid_norm [layer, position] (that mean norm, without the
+        adapter), split_cosine [layer, position] (between the means of two halves of the texts);
+        with control= difference_control and norm_ratio_control of the same
         shapes; with concepts= cosine [layer, position, concept] and cosine_random [null];
         rows layer, norm_ratio, split_cosine, and a column for each concept.
 

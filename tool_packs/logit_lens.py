@@ -56,10 +56,11 @@ def logit_lens(
         steer: as in `generate`.
 
     Returns:
-        Result: top_ids, top_logprobs [prompt, layer, position, k]; entropy [prompt, layer,
-        position] in nats; with track= rank (1 is the top) and logprob [prompt, layer, position,
-        word], and rank_random [layer, word, null]; nan (ids -1, rank 0) where a prompt has fewer
-        positions. Rows: prompt, layer, position, token, top, entropy, and the rank of each word.
+        Result: top_ids, top_logprobs [prompt, layer, position, k]; top_prob [prompt, layer,
+        position] of the likeliest token; entropy [prompt, layer, position] in nats; with track=
+        rank (1 is the top) and logprob [prompt, layer, position, word], and rank_random [layer,
+        word, null]; nan (ids -1, rank 0) where a prompt has fewer positions. Rows: prompt, layer,
+        position, token, top, entropy, and the rank of each word.
 
     Raises:
         ModelError: the model's logits are not unembed(norm(x)), so no lens can be read.

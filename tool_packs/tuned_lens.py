@@ -61,7 +61,8 @@ def train_tuned_lens(
     Returns:
         Result: weight [layer, d, d] (A), bias [layer, d]; in nats on the held-out texts kl [layer],
         kl_logit [layer] of the plain logit lens and kl_constant [1] of always saying the mean
-        prediction of the training texts; kl_train [layer] of the trained maps on training tokens.
+        prediction of the training texts; kl_train [layer] of the trained maps on training tokens;
+        loss [step, layer].
         Rows: layer and these. Save with `.save(folder)`, read with `Result.load(folder)`.
 
     Raises:
