@@ -252,9 +252,13 @@ class ModalBackend:
                         break
             await asyncio.wait([creating], timeout=0.25)
         if not creating.done():
+            # The client ends what it may have made before it lets go, for as long as that takes.
             creating.cancel()
-            await asyncio.wait([creating])
-        if not creating.cancelled() and creating.exception() is None:
+            creating.add_done_callback(lambda done: done.cancelled() or done.exception())
+            await asyncio.wait([creating], timeout=ABANDON_SECONDS)
+        if not creating.done():
+            await self._clear(handle, sure=False)
+        elif not creating.cancelled() and creating.exception() is None:
             record = {"handle": handle, "id": creating.result().object_id}
             await ModalSandbox(record, creating.result()).terminate(politely=False)
         else:
