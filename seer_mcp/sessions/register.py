@@ -35,7 +35,7 @@ from .finds import Finds
 from .holdings import Holdings
 from .session import Session
 from .starting import Starting
-from .starts import Starts
+from .starts import STOP_SECONDS, Starts
 from .sweep import sweep
 
 UNWANTED_SECONDS = 60.0  # after which a notebook of an ended sandbox is not held any more
@@ -400,9 +400,14 @@ class Register:
         return 0, f"{folder.name}: ended; its notebook stays: {session.notebook.path}"
 
     async def stop(self, session: Session) -> None:
+        """Raises EndUnconfirmed, also where the end takes longer than a call may: it goes on then."""
         if session.unconfirmed is not None:
             raise session.unconfirmed
         if session.ended is None:
-            await session.terminate("stopped by stop_sandbox")
+            try:
+                async with asyncio.timeout(STOP_SECONDS):
+                    await session.terminate("stopped by stop_sandbox")
+            except TimeoutError as error:
+                raise session.still_ending(STOP_SECONDS) from error
         else:
             raise BadInput("sandbox", session.handle, f"it has ended already ({session.ended})")

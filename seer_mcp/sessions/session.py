@@ -325,6 +325,13 @@ class Session:
         if self._ending is not None:
             await asyncio.shield(self._ending)
 
+    def still_ending(self, seconds: float) -> EndUnconfirmed:
+        """What is said of an end that is asked for and has not come in this time."""
+        sandbox = self._sandbox.record() if self._sandbox is not None else {}
+        id = str(sandbox.get("id", self.backend_name))
+        why = f"no word that it has ended came in {seconds:g} s"
+        return EndUnconfirmed(self.handle, id, why, billed=self.meter is not None)
+
     async def _terminate(self, why: str) -> None:
         sandbox = self._sandbox
         assert sandbox is not None

@@ -43,6 +43,7 @@ from .starting import Starting
 from .turns import Turns
 
 READY_SECONDS = 40.0
+STOP_SECONDS = 40.0  # that a call waits for an end; clients cut calls that take longer
 LIFETIME = 4 * 3600.0  # of a sandbox that is billed, if nobody says otherwise; it can be extended
 IDLE_LIMIT = 30 * 60.0  # and without use
 LONGEST = 24 * 3600.0
@@ -500,7 +501,10 @@ class Starts:
         if start is None or start.owner != owner or start.task is None or start.over.is_set():
             return False
         start.task.cancel()
-        await asyncio.wait([start.task])
+        await asyncio.wait([start.task], timeout=STOP_SECONDS)
+        if not start.task.done():
+            why = f"its start is given up, and no word that nothing runs came in {STOP_SECONDS:g} s"
+            raise EndUnconfirmed(handle, "not started yet", why, billed=bool(start.terms))
         if start.task.cancelled():
             return True
         if (failure := start.task.exception()) is not None:

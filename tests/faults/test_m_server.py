@@ -473,6 +473,27 @@ async def test_m_an_api_that_goes_away_in_a_start_keeps_what_is_billed_in_sight(
     assert "What it had left has ended. It cost $" in listed
 
 
+async def test_m_a_stop_that_takes_longer_than_a_call_may_says_so_and_goes_on(
+    lab: Lab, control: Controller, hurried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seer_mcp.backends.modal import sandbox
+    from seer_mcp.sessions import register, starts
+
+    monkeypatch.setattr(sandbox, "END_SECONDS", 60.0)
+    for module in (register, starts):
+        monkeypatch.setattr(module, "STOP_SECONDS", 3.0)
+    handle = await lab.start(backend="modal")
+    id = live(lab, handle).record()["sandbox"]["id"]
+    control.down(seconds=3600)
+    began = time.monotonic()
+    said = await lab.no("stop_sandbox", sandbox=handle)
+    assert time.monotonic() - began < 30
+    assert f"STILL BILLING: sandbox {handle} ({id})" in said and "no word" in said
+    control.forgive()
+    await until(lambda: billing(control) == [], 60)
+    await says(lab, f"{handle}: ended")
+
+
 async def test_m_a_start_outlives_an_api_that_was_away(
     lab: Lab, control: Controller, hurried: None
 ) -> None:
