@@ -105,6 +105,7 @@ async def test_the_live_lists_own_harm_is_done_here_too(
 ) -> None:
     """What test_modal_live.py does to machines that nobody has a hand on, where it can be tried."""
     harness = LiveHarness(control, tmp_path, None)
+    others = {row["id"] for row in harness.alive()}
     with socket.create_server(("127.0.0.1", 0)) as server:
         harness.public = server.getsockname()
         if "broken" in harm.__name__:
@@ -114,7 +115,7 @@ async def test_the_live_lists_own_harm_is_done_here_too(
             await harm(made)
         finally:
             await made.close()
-    assert harness.alive() == []
+    assert {row["id"] for row in harness.alive()} <= others
 
 
 def test_the_short_list_names_checks() -> None:
