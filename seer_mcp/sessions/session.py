@@ -395,12 +395,17 @@ class Session:
     async def _end(self, why: str, state: str) -> None:
         self._events.flush()
         self.ended = why
+        perhaps = self._perhaps_begun()
         for cell in self.notebook.cells:
             if cell.state in UNFINISHED:
-                self._finish(cell.seer["run"], state if cell.state == "running" else "not_run", why)
-        for run in self.runs.values():
-            if not run.over.is_set():
-                self._finish(run.id, state, why)
+                run = cell.seer["run"]
+                if run in perhaps:
+                    self._finish(run, state, f"{why}; whether it had begun is not known")
+                else:
+                    self._finish(run, state if cell.state == "running" else "not_run", why)
+        for other in self.runs.values():
+            if not other.over.is_set():
+                self._finish(other.id, state, why)
         self._kernel_changed.set()
         self.notebook.metadata["seer"] = {**self.notebook.metadata.get("seer", {}), "ended": why}
         self.note_cost()
@@ -422,6 +427,18 @@ class Session:
             self._end_for_good()
         else:  # the record says that it lives, and the journal stays: the next server could finish
             self._own(self._end_once_saved())
+
+    def _perhaps_begun(self) -> set[str]:
+        """Runs that the kernel may have had without our hearing of it.
+
+        The host gives it the next one and then says so; if it dies between the two nobody says it.
+        """
+        open_cells = [cell for cell in self.notebook.cells if cell.state in UNFINISHED]
+        if any(cell.state == "running" for cell in open_cells):
+            return set()  # one at a time
+        waiting = {cell.seer["run"] for cell in open_cells}
+        in_order = [id for id in self.runs if id in waiting]
+        return set(in_order[:1]) or waiting
 
     async def _end_once_saved(self) -> None:
         while self.notebook.trouble is not None:
