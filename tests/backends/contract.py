@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -39,6 +40,14 @@ HIDDEN_NAME = "CONTRACT_HIDDEN"
 CANARY = "SEER_CONTRACT_CANARY"  # in the environment of the server, where it must stay
 OUTPUT_CAP = 2_000_000  # bytes; the harness configures its backends with it
 PACK = "contract_pack"  # a module with ANSWER = 42 in it, among the packs of every Place
+
+# What happens between the host and its kernel, the same over any line: slow where the line is a long one.
+OF_THE_HOST = re.compile(
+    "a_command_|a_host_|an_interrupt_|an_error_|runs_|what_a_|what_follows_|a_call_|input_|text_|"
+    "a_result_|the_same_run_|output_|the_death_of_a_kernel|a_killed_kernel|a_restart|kernel_and_|"
+    "forks_|a_cell_that_takes|a_reader_never|an_unused_|the_end_of_a_sandbox|to_clear_|"
+    "half_a_request|an_unknown_|an_end_that|every_byte|an_empty_file"
+)
 
 NUMBER = os.getpid()
 SLEEPS = [f"sleep {NUMBER}000{i}" for i in range(3)]  # daemons, told by their command lines

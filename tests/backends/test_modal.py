@@ -11,7 +11,7 @@ import pytest
 
 from ..modal_cloud.control import Controller
 from ..modal_cloud.fixtures import available, client_environment, running_cloud
-from .contract import CANARY, CHECKS, Bench, Check
+from .contract import CANARY, CHECKS, OF_THE_HOST, Bench, Check
 from .modal_ground import GPU, LiveHarness, ModalHarness
 
 pytestmark = [
@@ -75,7 +75,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 check,
                 id=f"{way}-{check.__name__}",
                 marks=[pytest.mark.slow]
-                if way == "gpu" and check.__name__ not in OTHER_WAY
+                if check.__name__ not in OTHER_WAY
+                and (way == "gpu" or OF_THE_HOST.match(check.__name__))
                 else [],
             )
             for way in ("cpu", "gpu")

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +36,7 @@ from .contract import (
     CANARY,
     CHECKS,
     HIDDEN,
+    OF_THE_HOST,
     OUTPUT_CAP,
     PACK,
     SLEEPS,
@@ -183,15 +183,6 @@ async def bench(
         machine.end_shared(sockets)
         shutil.rmtree(sockets, ignore_errors=True)
         assert marked(made.harness.backend._instance) == []
-
-
-# What happens between the host and its kernel, the same over any line: in the slow set here.
-OF_THE_HOST = re.compile(
-    "a_command_|a_host_|an_interrupt_|an_error_|runs_|what_a_|what_follows_|a_call_|input_|text_|"
-    "a_result_|the_same_run_|output_|the_death_of_a_kernel|a_killed_kernel|a_restart|kernel_and_|"
-    "forks_|a_cell_that_takes|a_reader_never|an_unused_|the_end_of_a_sandbox|to_clear_|"
-    "half_a_request|an_unknown_|an_end_that|every_byte|an_empty_file"
-)
 
 
 def listed() -> Iterator[Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.packs.test_bad_input import TECHNIQUES
-from tests.packs.test_out_of_memory import NO_PASS, place, watched
+from tests.packs.test_out_of_memory import NO_PASS, by_kind, place, watched
 from tests.packs.tiny import TEXTS
 from tool_packs.activations import capture
 from tool_packs.diff import output
@@ -35,7 +35,7 @@ def state(m):
     return hooks, m.active_adapter, m.adapters, weights
 
 
-@pytest.mark.parametrize("name", sorted(TECHNIQUES.keys() - NO_PASS))
+@pytest.mark.parametrize("name", by_kind(TECHNIQUES.keys() - NO_PASS))
 def test_an_interrupt_in_the_middle_leaves_the_model_as_it_was(folders, name):
     code = compile(TECHNIQUES[name].example, name, "exec")
 

@@ -27,6 +27,17 @@ NO_PASS = {
 BETWEEN = {"engine.py", "structure.py"}
 
 
+# Of each kind of work one: the others are marked slow here and in test_interrupt.py.
+ORDINARY = {
+    *("activations.capture", "generation.generate", "patching.patch", "diff.activation"),
+    *("attribution.attribute", "oracle.train", "sae.train", "tuned_lens.train_tuned_lens"),
+}
+
+
+def by_kind(names):
+    return [n if n in ORDINARY else pytest.param(n, marks=pytest.mark.slow) for n in sorted(names)]
+
+
 def place():
     """Which line of which pack runs the model now; None where the example itself does."""
     frame = sys._getframe(2)
@@ -57,7 +68,7 @@ def watched(m, met):
         yield
 
 
-@pytest.mark.parametrize("name", sorted(TECHNIQUES))
+@pytest.mark.parametrize("name", by_kind(TECHNIQUES))
 def test_a_technique_that_finds_no_memory_says_what_to_reduce(folders, name):
     code = compile(TECHNIQUES[name].example, name, "exec")
 
