@@ -612,9 +612,9 @@ async def test_m_what_an_image_is_made_of_reaches_the_wire_in_layers(
     assert "ipykernel" in base and "einops" not in base
     assert "einops==0.8.1" in packages and "ipykernel" not in packages
     steps = (
-        "git clone --quiet https://example.org/lab/tools.git /work/lib/tools",
+        f"git clone --quiet https://example.org/lab/tools.git {sandbox.THERE.cwd}/lib/tools",
         "v1.0",
-        "-e /work",
+        f"-e {sandbox.THERE.cwd}",
     )
     assert [repos.find(step) >= 0 for step in steps] == [True] * 3
     assert sorted(map(repos.find, steps)) == list(map(repos.find, steps))
