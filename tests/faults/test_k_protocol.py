@@ -14,6 +14,8 @@ from typing import Any
 import nbformat
 import pytest
 
+from seer_mcp.notebook import UNFINISHED
+
 from ..support import Lab, open_lab, read_cells, streams
 from .stub_kernel import script, stub_python
 
@@ -45,7 +47,8 @@ async def shared(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[tupl
 @pytest.fixture
 async def box(shared: tuple[Lab, str]) -> tuple[Lab, str]:
     lab, handle = shared
-    if "kernel ready" not in await lab.ok("list_sandboxes"):
+    listed = await lab.ok("list_sandboxes")
+    if "kernel ready" not in listed or "running or queued" in listed:  # as a failed test left it
         await lab.ok("restart_kernel", sandbox=handle)
     return lab, handle
 
@@ -66,6 +69,11 @@ async def play(lab: Lab, handle: str, *steps: Step, wait: float = 10.0) -> tuple
         result = await lab.call("read_outputs", sandbox=handle, run=run["id"], wait=0.4)
         run = result.meta["seer/run"]
     cell = await saved(lab, handle, run["cell"])
+    for _ in range(50 if run["state"] in UNFINISHED else 0):
+        if cell["metadata"]["seer"]["state"] == run["state"]:
+            break
+        await asyncio.sleep(0.1)  # what goes on is saved from time to time, what has ended at once
+        cell = await saved(lab, handle, run["cell"])
     assert cell["metadata"]["seer"]["state"] == run["state"]
     return run["cell"], run["state"], streams(cell)
 
